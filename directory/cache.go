@@ -10,14 +10,13 @@ import (
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
-// A Cache is memory for what Readers have read: for all together, so much as NewCache says, however many they are. It
-// may be used concurrently.
+// A Cache keeps what Readers have read. All Readers share its size. It may be used concurrently.
 type Cache struct {
 	shards *otter.Cache[cacheKey, *packedShard]
 	parts  *otter.Cache[cacheKey, *storedPart] // of revocations
 }
 
-// DefaultCacheBytes is the size of a Reader's Cache where it gets none.
+// DefaultCacheBytes is the size of the Cache of a Reader that is given none.
 const DefaultCacheBytes = 64 << 20
 
 // NewCache makes a Cache of so many bytes. recorder counts its hits and misses; it may be nil.
@@ -42,7 +41,7 @@ func NewCache(bytes int64, recorder stats.Recorder) *Cache {
 	}
 }
 
-// A cacheKey is a shard's, or a part's: what one reader has verified is no other's.
+// A cacheKey names a shard, or a part, of one reader: readers do not trust what others have verified.
 type cacheKey struct {
 	reader *Reader
 	lot    string

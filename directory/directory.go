@@ -1,8 +1,8 @@
-// Package directory is the public-key directory: the signed objects in it, the stores that keep them, and the reader
-// that believes none of them unverified.
+// Package directory is the public-key directory: the signed objects in it, the interface of the stores that keep them,
+// and the reader that verifies them all.
 //
-// Every object is a compact JWS (RFC 7515) of the manufacturer's, ES256, whose key its readers pin. Whoever runs a
-// store can lose or withhold objects, but not change them.
+// Every object is a compact JWS (RFC 7515, ES256) by the manufacturer's key, which readers pin. So whoever runs a store
+// can lose or withhold objects, but not change them.
 package directory
 
 import (
@@ -19,7 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Manifest describes a lot. Its devices are numbered by position, from 0 on, through its ranges in their order.
+// A Manifest describes a lot. Its devices have positions: 0 is the first device of the first range, and so on through
+// all ranges.
 type Manifest struct {
 	Lot          string        `json:"lot"`
 	Manufacturer string        `json:"manufacturer"` // RFC 7638 thumbprint of the signing key
@@ -46,7 +47,7 @@ const maxShard = 1024
 
 var nameRule = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
-// CheckName refuses a name of a lot or an operator that could not stand in a path, on a label or in a log.
+// CheckName refuses a name of a lot or an operator that is not safe in a path, a label or a log.
 func CheckName(name string) error {
 	if !nameRule.MatchString(name) || strings.Contains(name, "..") {
 		return fmt.Errorf("the name %q is not valid: 1 to 64 of the characters A-Z a-z 0-9 . _ -, the first a letter "+
@@ -55,12 +56,12 @@ func CheckName(name string) error {
 	return nil
 }
 
-// ManifestPath, ShardPath and ShardsPath say where in a store an object of a lot is.
+// ManifestPath, ShardPath and ShardsPath are the paths of a lot's objects in a store.
 func ManifestPath(lot string) string     { return "lots/" + lot + "/manifest" }
 func ShardPath(lot string, n int) string { return fmt.Sprintf("lots/%s/shards/%06d", lot, n) }
 func ShardsPath(lot string) string       { return "lots/" + lot + "/shards" }
 
-// Validate refuses a manifest that does not hold together.
+// Validate refuses a manifest whose parts do not fit one another.
 func (m *Manifest) Validate() error {
 	n := new(big.Int).SetBytes(m.N)
 	if len(m.N) == 0 || m.N[0] == 0 || n.Bit(0) == 0 {
@@ -78,7 +79,7 @@ func (m *Manifest) Validate() error {
 	return m.ValidateSpec(n.BitLen())
 }
 
-// ValidateSpec refuses what would be no manifest with whatever modulus of so many bits.
+// ValidateSpec is Validate before there is a modulus, which will have so many bits.
 func (m *Manifest) ValidateSpec(bits int) error {
 	if err := CheckName(m.Lot); err != nil {
 		return fmt.Errorf("the lot: %w", err)
@@ -115,7 +116,7 @@ func (r Range) overlaps(o Range) bool {
 	return r.TAC == o.TAC && r.First < o.First+o.Count && o.First < r.First+r.Count
 }
 
-// Overlap is the first range of other that m has IMEIs of; nil if there is none.
+// Overlap is the first range of other that shares IMEIs with m; nil if there is none.
 func (m *Manifest) Overlap(other *Manifest) *Range {
 	for _, r := range m.Ranges {
 		for i, o := range other.Ranges {

@@ -19,8 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
-// A Type is the typ header of a signed object: an object of one kind never passes for another. Types of what is not in
-// the directory are where that is made.
+// A Type is the typ header of a signed object. It prevents that an object of one kind is taken for another. Types of
+// objects outside of the directory are declared where those are made.
 type Type string
 
 const (
@@ -31,10 +31,10 @@ const (
 	TypeSuccession     Type = "kme-key-succession+jws" // in the header of objects that a later key has signed
 )
 
-// A RefusedError says which object is not believed, and why.
+// A RefusedError says which object is refused, and why.
 type RefusedError struct {
 	Object, Reason string
-	Rollback       bool // a later version of it was there before, or another of this version
+	Rollback       bool // a later version was seen before, or a different one of the same version
 }
 
 func (e *RefusedError) Error() string { return fmt.Sprintf("%s is refused: %s", e.Object, e.Reason) }
@@ -52,7 +52,7 @@ type Signer struct {
 }
 
 // succession is the JWS header with the statements that lead from the pinned key to the one that signed the object.
-// With them in the object itself, readers follow a rotation without asking anybody anything.
+// Since they are in the object itself, a reader needs nothing else after a rotation.
 const succession = "succession"
 
 // A Succession is the statement that introduces a manufacturer's next signing key, signed by the one before. The
@@ -78,7 +78,7 @@ func (s *Signer) Succeed(next crypto.Signer) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The statement's place says who vouches for the key that signs it, so it needs no chain itself.
+	// The chain before the statement vouches for the key that signs it, so the statement has no chain of its own.
 	alone := &Signer{signer: s.signer, public: s.public, root: s.root}
 	statement, err := alone.Sign(TypeSuccession, Succession{
 		Manufacturer: s.KeyID(), Generation: len(s.chain) + 2,
@@ -94,13 +94,13 @@ func (s *Signer) Succeed(next crypto.Signer) (*Signer, error) {
 // KeyID is the RFC 7638 thumbprint of the manufacturer's first key, which names the manufacturer.
 func (s *Signer) KeyID() string { return pemkey.Thumbprint(s.root) }
 
-// SigningKeyID is that of the key that signs; it is KeyID until the first rotation.
+// SigningKeyID is the thumbprint of the key that signs now. Until the first rotation it is KeyID.
 func (s *Signer) SigningKeyID() string { return pemkey.Thumbprint(s.public) }
 
 // Public is the manufacturer's first key, which readers pin.
 func (s *Signer) Public() *ecdsa.PublicKey { return s.root }
 
-// Sign makes the compact JWS of a payload. The signature is verified before it is given out: a fault in a token must
+// Sign makes the compact JWS of a payload. It verifies the signature first: a wrong one, by a fault of the token, must
 // not be published.
 func (s *Signer) Sign(typ Type, payload any) ([]byte, error) {
 	data, err := json.Marshal(payload)
@@ -128,7 +128,7 @@ func (s *Signer) Sign(typ Type, payload any) ([]byte, error) {
 	return []byte(compact), err
 }
 
-// A Verifier believes what one manufacturer's key has signed, and the keys that it was succeeded by. It may be used
+// A Verifier accepts what one manufacturer's key has signed, or one of the keys that succeeded it. It may be used
 // concurrently.
 type Verifier struct {
 	public *ecdsa.PublicKey
@@ -153,7 +153,7 @@ func ParseVerifier(pem []byte) (*Verifier, error) {
 // KeyID is the RFC 7638 thumbprint of the key.
 func (v *Verifier) KeyID() string { return v.keyID }
 
-// SignerOf says which manufacturer a JWS claims to be signed by, to find the Verifier by. Nothing is verified.
+// SignerOf says which manufacturer a JWS claims to be from, so that its Verifier can be found. It verifies nothing.
 func SignerOf(jws []byte) (manufacturer string, err error) {
 	object, err := parseJWS(jws)
 	if err != nil {
@@ -188,10 +188,10 @@ func chainOf(header jose.Header) (chain []string, err error) {
 	return chain, nil
 }
 
-// maxSuccession bounds the work that an object asks for.
+// maxSuccession bounds the work for one object.
 const maxSuccession = 64
 
-// key is what an object with this header was signed with, if the manufacturer vouches for it.
+// key gives the key that an object with this header was signed with, if the manufacturer vouches for it.
 func (v *Verifier) key(object string, header jose.Header) (*ecdsa.PublicKey, error) {
 	chain, err := chainOf(header)
 	if err != nil {
@@ -300,8 +300,8 @@ func Publish(ctx context.Context, store Store, path string, s *Signer, typ Type,
 	return PublishSigned(ctx, store, path, NewVerifier(s.root), typ, jws)
 }
 
-// PublishSigned creates a signed object in the store. An ECDSA signature is another each time, so where the store has
-// an object already, it is verified, and the same payload is success; any other is the *ConflictError.
+// PublishSigned creates a signed object in the store. ECDSA signatures differ each time. So if the store has an object
+// already, that is verified: the same payload is a success, another one a *ConflictError.
 func PublishSigned(ctx context.Context, store Store, path string, v *Verifier, typ Type, jws []byte) error {
 	err := store.Create(ctx, path, jws)
 	if !errors.As(err, new(*ConflictError)) {

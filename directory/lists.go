@@ -18,9 +18,9 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Memory keeps the mark of the last list of revoked devices of each lot, durably. Other processes may
-// share it. A copy of the list itself serves after a restart, should the directory show none or an earlier
-// one; it is as good as its mark.
+// A Memory keeps a mark of the last list of revoked devices of each lot, durably. Other processes may share it. It also
+// has a copy of the list, for a directory that shows none, or an earlier one, after a restart. The mark says whether
+// the copy is good.
 type Memory interface {
 	Last(ctx context.Context, lot string) (mark ListMark, found bool, err error)
 	Note(ctx context.Context, lot string, mark ListMark) error
@@ -28,31 +28,31 @@ type Memory interface {
 	Kept(lot string) (jws []byte, err error)
 }
 
-// A ListMark says which list of revoked devices one is: of each version, a manufacturer publishes one.
+// A ListMark identifies a list of revoked devices: a manufacturer publishes one list of each version.
 type ListMark struct {
 	Version int           `json:"version"`
 	SHA256  strict.Base64 `json:"sha256"` // of its JWS
 }
 
-// A Why is what is wrong with a list of revoked devices.
+// A Why says what is wrong with a list of revoked devices.
 type Why string
 
 const (
 	Failed   Why = "failed"   // the store cannot be read
 	Refused  Why = "refused"  // it is not the manufacturer's, or not a list of this lot
 	Rollback Why = "rollback" // it is not the last one that was there
-	Withheld Why = "withheld" // it is not there, and every lot has one
+	Withheld Why = "withheld" // it is not there, although every lot has one
 	Late     Why = "overdue"  // it is past its next_update
 )
 
 // Whys are all of them.
 func Whys() []Why { return []Why{Failed, Refused, Rollback, Withheld, Late} }
 
-// An Overdue is a list of revoked devices that should have been replaced by now.
+// An Overdue is a list of revoked devices that should have been read again by now.
 type Overdue struct {
 	Lot   string
 	Why   Why
-	Since time.Time // when the list that serves on was read; zero if there is none
+	Since time.Time // when the list in use was read; zero if there is none
 	Cause error     // of the last try
 }
 
@@ -74,8 +74,8 @@ func overdueFor(lot string, since time.Time, cause error) Overdue {
 
 type lateError struct{ error }
 
-// A revocationList is the last list that was read and believed, and what came of the last try to read it again: a
-// try that fails does not make it younger.
+// A revocationList is the last good list of a lot, and the result of the last try to read it again. A failed try does
+// not change its age.
 type revocationList struct {
 	list    *Revocations      // nil if none was read yet; it does not change
 	sum     [sha256.Size]byte // of its JWS
@@ -85,9 +85,9 @@ type revocationList struct {
 	err     error // of the last try, or that the list is late
 }
 
-// Follow has the lists of revoked devices of these lots, and of no others, read now and every RevocationTTL, in the
-// background: no lookup waits for that of a list that is there. It is in the place of an earlier Follow, and goes on
-// until the next one; without lots it ends.
+// Follow reads the lists of revoked devices of these lots now and every RevocationTTL, in the background. So no lookup
+// waits for a list that was read before. It replaces an earlier Follow, and goes on until the next one; without lots it
+// ends.
 func (r *Reader) Follow(lots []*Manifest) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r.mu.Lock()
@@ -111,7 +111,7 @@ func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
 		for _, m := range lots {
 			all.Go(func() error {
 				if ctx.Err() == nil {
-					r.Refresh(ctx, m) // what comes of it is told to Overdue
+					r.Refresh(ctx, m) // Overdue gets a failure
 				}
 				return nil
 			})
@@ -125,8 +125,8 @@ func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
 	}
 }
 
-// Refresh reads a lot's list of revoked devices again, for ReadTimeout at most. If it fails, the last list stands, and
-// is overdue.
+// Refresh reads a lot's list of revoked devices again, for ReadTimeout at most. If that fails, the last list stays in
+// use, and is overdue.
 func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
 	return r.refresh(ctx, m, time.Now())
 }
@@ -137,7 +137,7 @@ func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) erro
 	defer cancel()
 	_, err := r.load(short, m, asked)
 	if ctx.Err() != nil {
-		return ctx.Err() // nobody asks any more
+		return ctx.Err() // the caller does not wait any more
 	}
 	known, _ := r.known(m.Lot)
 	var kept revocationList
@@ -147,7 +147,7 @@ func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) erro
 	r.mu.Lock()
 	known = r.revocations[m.Lot]
 	if err == nil {
-		err = known.err // it was taken, and is late
+		err = known.err // it was accepted, and is late
 	} else {
 		if known.list == nil {
 			known = kept
@@ -169,7 +169,7 @@ func (r *Reader) known(lot string) (list revocationList, followed bool) {
 	return r.revocations[lot], r.followed[lot]
 }
 
-// recall is the list that was believed last before a restart, if there is a copy; as old as its manufacturer says.
+// recall gives the last good list of before a restart, if the Memory has a copy. Its age counts from its ThisUpdate.
 func (r *Reader) recall(ctx context.Context, m *Manifest) (kept revocationList) {
 	if r.o.Memory == nil {
 		return kept
@@ -189,8 +189,8 @@ func (r *Reader) recall(ctx context.Context, m *Manifest) (kept revocationList) 
 	return kept
 }
 
-// inMemory is the list that may be used unasked; nil if there is none. That of a lot that nobody follows is read again
-// when RevocationTTL has passed.
+// inMemory gives the list if it may be used without reading it again; else nil. The list of a lot that is not followed
+// must be read again after RevocationTTL.
 func (r *Reader) inMemory(lot string) (*Revocations, error) {
 	known, followed := r.known(lot)
 	if known.list == nil || !followed && time.Since(known.tried) >= r.o.RevocationTTL {
@@ -199,7 +199,7 @@ func (r *Reader) inMemory(lot string) (*Revocations, error) {
 	return known.list, r.tooOld(lot, known)
 }
 
-// tooOld refuses to say anything by a list of before MaxAge.
+// tooOld is the error of a list that is older than MaxAge.
 func (r *Reader) tooOld(lot string, known revocationList) error {
 	now := time.Now()
 	switch {
@@ -216,10 +216,10 @@ func (r *Reader) tooOld(lot string, known revocationList) error {
 	return nil
 }
 
-// list gives a lot's list of revoked devices. The caller waits if there is none yet, or if nobody follows the lot and
-// RevocationTTL has passed; if the store is away then, or its list is refused, the last one stands.
+// list gives a lot's list of revoked devices. The caller waits if there is none yet, or if the lot is not followed and
+// RevocationTTL has passed. If the store is away then, or its list is refused, the last one stays in use.
 func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
-	asked := time.Now().Add(-r.o.RevocationTTL) // one that lands meanwhile is as good
+	asked := time.Now().Add(-r.o.RevocationTTL) // a list that another caller reads meanwhile is good enough
 	if list, err := r.inMemory(m.Lot); list != nil {
 		return list, err
 	}
@@ -237,8 +237,7 @@ func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
 	return known.list, r.tooOld(m.Lot, known)
 }
 
-// load reads a lot's list, and puts it in the place of the last one; unless an earlier flight has landed since the
-// caller asked.
+// load reads a lot's list and replaces the last one, unless another read has ended since the caller asked.
 func (r *Reader) load(ctx context.Context, m *Manifest, asked time.Time) (*Revocations, error) {
 	return flight.Do(ctx, &r.flights, RevocationsPath(m.Lot), func(ctx context.Context) (*Revocations, error) {
 		last, _ := r.known(m.Lot)
@@ -256,9 +255,9 @@ func (r *Reader) load(ctx context.Context, m *Manifest, asked time.Time) (*Revoc
 	})
 }
 
-// nextList reads a lot's list, which must be the last one or one that came after it.
+// nextList reads a lot's list, which must be the last one or a later one.
 func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList) (next revocationList, err error) {
-	defer panics.Recover(&err) // whatever comes from the store, the last list stands
+	defer panics.Recover(&err) // whatever the store returns, the last list stays in use
 	path := RevocationsPath(m.Lot)
 	jws, _, err := r.store.Read(ctx, path)
 	if err != nil {
@@ -289,7 +288,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		if err == nil {
 			err = r.o.Memory.Keep(m.Lot, jws)
 		}
-		// A later list is better than the last one, also if the memory is away.
+		// A later list is used even if the Memory cannot be written.
 		if next.noted = err == nil; err != nil {
 			next.err = fmt.Errorf("the list was taken, and would be forgotten at a restart: %w", err)
 		}
@@ -300,7 +299,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 	return next, nil
 }
 
-// follows refuses a list that came before last, or another of the same version.
+// follows refuses a list that is earlier than last, or a different one of the same version.
 func (l ListMark) follows(path string, last ListMark) error {
 	if l.Version < last.Version || l.Version == last.Version && !bytes.Equal(l.SHA256, last.SHA256) {
 		return rolledBack(path, "it has version %d, and version %d, another one, was there before: "+askWhy,
@@ -313,8 +312,8 @@ func rolledBack(object, format string, args ...any) error {
 	return &RefusedError{Object: object, Reason: fmt.Sprintf(format, args...), Rollback: true}
 }
 
-// remember notes a list, unless it is the one that was noted last. Where another process has noted a later one, also
-// at the same time, it is refused.
+// remember notes a list in the Memory, unless it was noted last. It refuses the list if another process has noted a
+// later one, also at the same time.
 func (r *Reader) remember(ctx context.Context, lot, path string, mark ListMark) error {
 	for tries := 0; ; tries++ {
 		last, found, err := r.o.Memory.Last(ctx, lot)
@@ -349,16 +348,16 @@ func (r *Reader) Overdue() []Overdue {
 	return all
 }
 
-// A ListState is how a lot's list of revoked devices stands.
+// A ListState is the state of a lot's list of revoked devices.
 type ListState struct {
 	Lot        string
 	Version    int       // 0 if there is none
 	Read       time.Time // when it was last read and good; zero if there is none
-	NextUpdate time.Time // by when there is a later one
-	Why        Why       // what came of the last try to read it again; empty if it was good
+	NextUpdate time.Time // by when a later one is due
+	Why        Why       // why the last try to read it again has failed; empty if it has not
 }
 
-// List gives how a lot's list of revoked devices stands.
+// List gives the state of a lot's list of revoked devices.
 func (r *Reader) List(lot string) ListState {
 	known, _ := r.known(lot)
 	s := ListState{Lot: lot, Read: known.fetched}
@@ -371,8 +370,8 @@ func (r *Reader) List(lot string) ListState {
 	return s
 }
 
-// Revoked says whether a device of a lot is revoked, by the list in memory: it waits for nobody. Where there is none,
-// nobody is known to be revoked, unless MaxAge is set: then that is an error, as is a list that is too old.
+// Revoked says whether a device of a lot is revoked, by the list in memory, without waiting. Without a list, no device
+// counts as revoked; with a MaxAge, that is an error, and so is a list that is too old.
 func (r *Reader) Revoked(m *Manifest, imei kme.IMEI) (bool, error) {
 	known, _ := r.known(m.Lot)
 	if err := r.tooOld(m.Lot, known); err != nil || known.list == nil {

@@ -22,20 +22,20 @@ var ErrUnknownDevice = errors.New("the directory has no such device")
 
 // ReaderOptions are a Reader's; the zero value of each stands for its default.
 type ReaderOptions struct {
-	Cache         *Cache        // of device keys and why devices were revoked; its own, of DefaultCacheBytes
+	Cache         *Cache        // of device keys and reasons of revocations; default: its own, of DefaultCacheBytes
 	RevocationTTL time.Duration // after which a list of revoked devices is read again, 1 minute
 	NegativeTTL   time.Duration // for how long a shard that was not there is not asked for again, 5 seconds
 	ReadTimeout   time.Duration // for which a lookup waits for the store, 2 seconds
 	Waiting       int           // lookups that wait for the store at a time, 128; more fail at once
 
-	// MaxAge is for how long a list of revoked devices serves on that cannot be read again, or is past its next_update;
-	// then nothing is said of the lot's devices any more. 0: for ever.
+	// MaxAge is for how long a list of revoked devices stays in use that cannot be read again, or is past its
+	// next_update. After that, lookups of the lot's devices fail. 0: for ever.
 	MaxAge time.Duration
 
-	// Memory keeps across restarts which list of each lot was believed last; nil: nothing does.
+	// Memory keeps the last good list of each lot across restarts; may be nil.
 	Memory Memory
 
-	// Overdue is called each time that a lot's list of revoked devices cannot be read again, is refused or is past its
+	// Overdue is called whenever a lot's list of revoked devices cannot be read again, is refused or is past its
 	// next_update; may be nil.
 	Overdue func(Overdue)
 }
@@ -51,7 +51,7 @@ type Reader struct {
 	mu          sync.Mutex
 	revocations map[string]revocationList // by lot; guarded by mu
 	followed    map[string]bool           // lots; guarded by mu
-	unfollow    context.CancelFunc        // ends what Follow began; guarded by mu
+	unfollow    context.CancelFunc        // ends Follow; guarded by mu
 }
 
 // NewReader reads the manufacturer's objects from store.
@@ -92,14 +92,14 @@ func (r *Reader) Manifests(ctx context.Context) ([]*Manifest, error) {
 		switch m, err := r.Manifest(ctx, lot); {
 		case err == nil:
 			all = append(all, m)
-		case !errors.Is(err, ErrNotFound): // its folder was made, and its manifest never published
+		case !errors.Is(err, ErrNotFound): // its folder exists, but its manifest was never published
 			return nil, err
 		}
 	}
 	return all, nil
 }
 
-// ReadShard reads a shard from the store, whatever the cache has.
+// ReadShard reads a shard from the store, not from the cache.
 func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, error) {
 	s, path := new(Shard), ShardPath(m.Lot, n)
 	jws, _, err := r.store.Read(ctx, path)
@@ -115,18 +115,18 @@ func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, err
 	return s, nil
 }
 
-// A Device is what the directory says of a device.
+// A Device is what the directory says about a device.
 type Device struct {
 	Shard   int
 	Key     crypto.PublicKey // *ecdsa.PublicKey or *rsa.PublicKey, as the lot's suite has it: the one issued last
 	Package strict.Base64    // SHA-256 of the injection package with that key
 	Revoked *Revocation      // nil if it is not
-	History []Revocation     // how it came to that, in the order of time; none for most devices
-	Lot     *LotRevocation   // its whole lot is revoked, the last of its history; nil if it is not
+	History []Revocation     // its revocations and new keys, in the order of time; none for most devices
+	Lot     *LotRevocation   // the revocation of its whole lot, which is last in History; nil if there is none
 }
 
-// Device looks a device of a lot up. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError.
-// If the store cannot be reached, what was read before serves on.
+// Device looks up a device of a lot. It fails with ErrUnknownDevice, with the store's error, or with a *RefusedError.
+// If the store cannot be reached, what was read before stays in use.
 func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device, error) {
 	if d, ok, err := r.Cached(m, imei); ok {
 		return d, err
@@ -134,7 +134,7 @@ func (r *Reader) Device(ctx context.Context, m *Manifest, imei kme.IMEI) (Device
 	return r.Fetch(ctx, m, imei)
 }
 
-// Cached is Device where all that it takes is in memory: it waits for nobody. ok is false where something is not.
+// Cached is Device without waiting. ok is false if not everything is in memory.
 func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err error) {
 	position, err := position(m, imei)
 	if err != nil {
@@ -160,8 +160,8 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	return d, true, err
 }
 
-// Fetch is Device where Cached has not all of it. So many wait for the store as Waiting says, each for ReadTimeout at
-// most; one more fails at once.
+// Fetch is Device if Cached does not have it. It waits for the store for ReadTimeout at most. If as many callers as
+// Waiting says wait already, it fails at once.
 func (r *Reader) Fetch(ctx context.Context, m *Manifest, imei kme.IMEI) (Device, error) {
 	position, err := position(m, imei)
 	if err != nil {
@@ -194,7 +194,7 @@ func position(m *Manifest, imei kme.IMEI) (int, error) {
 	return position, nil
 }
 
-// newDevice is what a shard, the device's revocations and its lot's say of a device.
+// newDevice makes a Device of its shard, its own revocations and its lot's.
 func newDevice(m *Manifest, imei kme.IMEI, position int, s *packedShard, history []Revocation,
 	whole *LotRevocation) (Device, error) {
 	n := position / m.ShardSize
@@ -225,7 +225,7 @@ func (s *packedShard) unpublished(m *Manifest, n int) error {
 	return nil
 }
 
-// Issued is how many keys the device was issued in the place of its first.
+// Issued is how many new keys the device was issued after its first.
 func (d Device) Issued() (n int) {
 	for _, e := range d.History {
 		if e.Key != nil {
@@ -238,7 +238,7 @@ func (d Device) Issued() (n int) {
 // shard gives a shard, from the cache or the store. One that is not in the store has no keys.
 func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, error) {
 	return flight.Do(ctx, &r.flights, ShardPath(m.Lot, n), func(ctx context.Context) (*packedShard, error) {
-		// An earlier flight may have landed since the cache was asked.
+		// Another read may have ended since the cache was asked.
 		if landed, ok := r.cache.shards.GetEntryQuietly(cacheKey{reader: r, lot: m.Lot, n: n}); ok {
 			return landed.Value, nil
 		}
@@ -262,7 +262,7 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 	})
 }
 
-// RevocationsOf gives a device's own revocations, and its lot's if that is revoked as a whole, without a look at its
+// RevocationsOf gives a device's own revocations, and the revocation of its whole lot. It does not read the device's
 // key.
 func (r *Reader) RevocationsOf(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, *LotRevocation, error) {
 	list, err := r.list(ctx, m)
@@ -281,15 +281,15 @@ func (r *Reader) RevocationsOf(ctx context.Context, m *Manifest, imei kme.IMEI) 
 	return part.Of(imei), list.Whole, nil
 }
 
-// ReadRevocations reads a lot's list of revoked devices from the store. Where there is none, it fails with ErrNotFound.
+// ReadRevocations reads a lot's list of revoked devices from the store. If there is none, it fails with ErrNotFound.
 func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (*Revocations, error) {
 	list, _, err := readRevocations(ctx, r.store, r.verifier, m)
 	return list, err
 }
 
-// CompareRevocationPart reads a part of a lot's revocations from the store, whatever the cache has: the one that list
-// names, or a later one. Where the store has none, and list neither, it is an empty one, of version 0. complete is
-// false if the part is newer than the list says, since a run was killed between the two, or is at work.
+// CompareRevocationPart reads a part of a lot's revocations from the store, not from the cache: the version that list
+// names, or a later one. If neither store nor list has it, it is empty, with version 0. complete is false if the part
+// is later than list says: then a run was killed between the two, or is under way.
 func (r *Reader) CompareRevocationPart(ctx context.Context, m *Manifest, list *Revocations,
 	n int) (part *RevocationPart, complete bool, err error) {
 	p, err := readPart(ctx, r.store, r.verifier, m, n, list.ref(n))
@@ -300,8 +300,8 @@ func (r *Reader) CompareRevocationPart(ctx context.Context, m *Manifest, list *R
 	return &p.RevocationPart, complete, err
 }
 
-// RevocationParts says which parts of a lot's revocations the list names or the store has, and which names the store
-// has in their place that are none.
+// RevocationParts gives the parts of a lot's revocations that the list names or the store has, and the names in the
+// store that are no parts.
 func (r *Reader) RevocationParts(ctx context.Context, m *Manifest,
 	list *Revocations) (parts []int, strays []string, err error) {
 	for _, ref := range list.Parts {
@@ -321,8 +321,7 @@ func (r *Reader) RevocationParts(ctx context.Context, m *Manifest,
 	return slices.Compact(parts), strays, err
 }
 
-// History reads a device's revocations from the store, whatever the cache has; also those that the list does not name
-// yet.
+// History reads a device's revocations from the store, not from the cache, also those that the list does not name yet.
 func (r *Reader) History(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, error) {
 	list, err := r.ReadRevocations(ctx, m)
 	if err != nil {

@@ -15,19 +15,19 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A revision is what is to become of a lot's revocations.
+// A revision says how a lot's revocations are to be changed.
 type revision struct {
 	now      time.Time
 	parts    []int                // those to look at
 	entries  map[int][]Revocation // to add, by part
 	whole    *LotRevocation       // unless it is nil
-	begin    bool                 // publish the first list; where there is one, that is it
+	begin    bool                 // publish the first list, unless there is one
 	refresh  bool                 // sign the list anew, also if nothing changes
 	validity time.Duration        // of the list; 0: as long as the last one was good for
 }
 
-// BeginRevocations publishes the first list of a lot, with nobody in it, good for validity. A lot that has a list keeps
-// it.
+// BeginRevocations publishes the first list of a lot, which is empty and good for validity. If the lot has a list,
+// nothing changes.
 func BeginRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
 	validity time.Duration) error {
 	return publishRevocations(ctx, store, s, m, revision{now: now, begin: true, validity: validity})
@@ -39,8 +39,8 @@ func RefreshRevocations(ctx context.Context, store Store, s *Signer, m *Manifest
 	return publishRevocations(ctx, store, s, m, revision{now: now, refresh: true, validity: validity})
 }
 
-// Revoke adds devices to their lot's revocations. A device that is revoked stays as it is, so a run that was
-// interrupted can be repeated. report gets the number of devices that are done; it may be nil.
+// Revoke adds devices to their lot's revocations. A device that is revoked already stays as it is, so an interrupted
+// run can be repeated. report gets the number of devices that are done; it may be nil.
 func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []kme.IMEI, reason string, now time.Time,
 	report func(done int)) error {
 	entries := make([]Revocation, len(imeis))
@@ -68,7 +68,7 @@ func RevokeLot(ctx context.Context, store Store, s *Signer, m *Manifest, reason 
 	return publishRevocations(ctx, store, s, m, revision{now: now, whole: whole})
 }
 
-// CompleteRevocations has the list name what its parts say, where a run was killed between the two.
+// CompleteRevocations updates the list by its parts, if a run was killed between the two.
 func CompleteRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, parts []int, now time.Time) error {
 	return publishRevocations(ctx, store, s, m, revision{now: now, parts: parts})
 }
@@ -89,7 +89,7 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []
 		by[position/revocationPart] = append(by[position/revocationPart], e)
 	}
 	done := 0
-	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), 32) { // each takes effect at readers
+	for parts := range slices.Chunk(slices.Sorted(maps.Keys(by)), 32) { // readers use each chunk at once
 		if err := publishRevocations(ctx, store, s, m, revision{now: now, parts: parts, entries: by}); err != nil {
 			return err
 		}
@@ -103,14 +103,14 @@ func revise(ctx context.Context, store Store, s *Signer, m *Manifest, entries []
 	return nil
 }
 
-// publishRevocations makes a revision, however many others are made at the same time.
+// publishRevocations makes a revision. Other processes may make others at the same time.
 func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r revision) error {
 	for tries := 1; ; tries++ {
 		err := tryRevocations(ctx, store, s, m, r)
 		if !errors.Is(err, ErrChanged) || tries == 30 {
 			return err
 		}
-		// Another process is at work here too; each round one of them gets through.
+		// Another process changes the list, too; in each round, one of them succeeds.
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
@@ -120,7 +120,7 @@ func publishRevocations(ctx context.Context, store Store, s *Signer, m *Manifest
 }
 
 // tryRevocations writes the parts, and then the list that names them. A run that is killed in between leaves parts that
-// are newer than the list says, which readers take; the same again finds its entries there, and writes the list.
+// are later than the list says, which readers accept. The same call again finds its entries there, and writes the list.
 func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r revision) error {
 	v := NewVerifier(s.root)
 	list, version, err := readRevocations(ctx, store, v, m)
@@ -138,7 +138,7 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r 
 				return list.Refusal()
 			}
 		}
-		return nil // so is every device of it
+		return nil // its devices are revoked with it
 	}
 	type update struct {
 		path, version string
@@ -189,7 +189,7 @@ func tryRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, r 
 	if r.validity == 0 {
 		r.validity = list.NextUpdate.Sub(list.ThisUpdate)
 	}
-	if list.Version++; CheckValidity(r.validity) != nil { // a list of before there was next_update
+	if list.Version++; CheckValidity(r.validity) != nil { // the last list has no next_update
 		r.validity = DefaultValidity
 	}
 	list.ThisUpdate = r.now.UTC().Truncate(time.Second)

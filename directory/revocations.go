@@ -14,24 +14,24 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Revocations says which devices of a lot are not to be trusted any more: it alone, without its parts. Why and when,
-// and the keys that were issued in the place of others, is in the parts. It and its parts are the objects that change.
+// Revocations says which devices of a lot are revoked. The reasons, times and new keys are in its parts, which are not
+// needed to know who is revoked. The list and its parts are the only objects that change.
 //
-// A lot has its list from its creation on, version 1 with nobody in it: where there is none, it is withheld.
+// A lot has its list from its creation on: version 1 is empty. So a list that is missing is withheld.
 type Revocations struct {
 	Lot        string          `json:"lot"`
 	Version    int             `json:"version"` // counts up from 1; a reader refuses to go back
 	ThisUpdate time.Time       `json:"this_update"`
-	NextUpdate time.Time       `json:"next_update"`     // by when there is a later version, also if nothing changes
-	Whole      *LotRevocation  `json:"whole,omitempty"` // the lot is revoked, all of it and for good; nil if it is not
+	NextUpdate time.Time       `json:"next_update"`     // by when a later version is published, even if nothing changes
+	Whole      *LotRevocation  `json:"whole,omitempty"` // the whole lot is revoked for good; nil if it is not
 	Parts      []RevocationRef `json:"parts,omitempty"` // those that there are, in order
 }
 
-// DefaultValidity is from ThisUpdate to NextUpdate where nobody says otherwise. It is seven runs of a daily job: a
-// long weekend without the line raises no alarm, and a list that is withheld does within a week.
+// DefaultValidity is the default time from ThisUpdate to NextUpdate. It is seven runs of a daily job: a long weekend
+// raises no alarm, and a withheld list raises one within a week.
 const DefaultValidity = 7 * 24 * time.Hour
 
-// CheckValidity refuses a time for which no list is good.
+// CheckValidity refuses a validity that no list may have.
 func CheckValidity(d time.Duration) error {
 	if d < time.Second || d > 366*24*time.Hour {
 		return fmt.Errorf("a list of revoked devices is good for a second to 366 days, not %s", d)
@@ -39,8 +39,8 @@ func CheckValidity(d time.Duration) error {
 	return nil
 }
 
-// Overdue says since when there should be a later version; nil while there need not be. A list of before there was
-// next_update is overdue.
+// Overdue says since when there should be a later version; nil if it is not time yet. A list without next_update is
+// overdue.
 func (r *Revocations) Overdue(now time.Time) error {
 	switch {
 	case r.NextUpdate.IsZero():
@@ -58,8 +58,8 @@ type LotRevocation struct {
 	Time   time.Time `json:"time"`
 }
 
-// A RevocationRef is what a list says of one of its parts. The part that the store has is that one, or a later version:
-// a part is written before the list that names it.
+// A RevocationRef is a list's reference to a part. The store has the part in this version or a later one: a part is
+// written before the list that refers to it.
 type RevocationRef struct {
 	Part    int           `json:"part"`
 	Version int           `json:"version"`
@@ -76,8 +76,8 @@ type RevocationPart struct {
 	Revoked []Revocation `json:"revoked"`
 }
 
-// A Revocation is one device's. The key that the device had before is not to be trusted any more; with Key, the device
-// was issued that one instead, else it is not to be trusted at all.
+// A Revocation revokes the key that a device had. With Key, the device got a new one; without, the device itself is
+// revoked.
 type Revocation struct {
 	IMEI    kme.IMEI      `json:"imei"`
 	Reason  string        `json:"reason"`
@@ -86,11 +86,11 @@ type Revocation struct {
 	Package strict.Base64 `json:"package,omitempty"` // with Key: SHA-256 of its injection package
 }
 
-// revocationPart is how many devices share a part: what one more revocation rewrites is in proportion to it, and the
-// list of a lot of a million with revocations everywhere has 350 kB.
+// revocationPart is how many devices share a part. What one more revocation rewrites grows with it. At this value, the
+// list of a lot of a million devices, with revocations in every part, has 350 kB.
 const revocationPart = 1024
 
-// RevocationsPath, RevocationPartPath and RevocationPartsPath say where in a store a lot's revocations are.
+// RevocationsPath, RevocationPartPath and RevocationPartsPath are the paths of a lot's revocations in a store.
 func RevocationsPath(lot string) string           { return "lots/" + lot + "/revocations" }
 func RevocationPartPath(lot string, n int) string { return fmt.Sprintf("lots/%s/revoked/%06d", lot, n) }
 func RevocationPartsPath(lot string) string       { return "lots/" + lot + "/revoked" }
@@ -100,12 +100,12 @@ func (m *Manifest) RevocationParts() int {
 	return (m.Devices() + revocationPart - 1) / revocationPart
 }
 
-// bitmap is one for the devices of a part, with no bit set.
+// bitmap is a bitmap for the devices of a part, with no bit set.
 func (m *Manifest) bitmap(n int) strict.Base64 {
 	return make(strict.Base64, (min(revocationPart, m.Devices()-n*revocationPart)+7)/8)
 }
 
-// ref is what the list says of a part; nil if there is no such part.
+// ref is the list's reference to a part; nil if it has none.
 func (r *Revocations) ref(n int) *RevocationRef {
 	i, ok := slices.BinarySearchFunc(r.Parts, n, func(ref RevocationRef, n int) int { return ref.Part - n })
 	if !ok {
@@ -123,8 +123,8 @@ func (r *Revocations) Revokes(position int) bool {
 	return ref != nil && ref.Revoked[at/8]&(0x80>>(at%8)) != 0
 }
 
-// compare says how the list stands to a part, as CompareRevocationPart does. An error is that the list says
-// another thing of the same part.
+// compare says whether the list has what a part has, as CompareRevocationPart does. It is an error if they contradict
+// each other in the same version.
 func (r *Revocations) compare(m *Manifest, p *RevocationPart) (complete bool, err error) {
 	ref := r.ref(p.Part)
 	if p.Version == 0 || ref == nil || ref.Version < p.Version {
@@ -136,7 +136,7 @@ func (r *Revocations) compare(m *Manifest, p *RevocationPart) (complete bool, er
 	return true, nil
 }
 
-// check refuses a list that is not the lot's, or that does not hold together.
+// check refuses a list that is another lot's, or contradicts itself.
 func (r *Revocations) check(m *Manifest) error {
 	if r.Lot != m.Lot || r.Version < 1 {
 		return fmt.Errorf("it is version %d of lot %q", r.Version, r.Lot)
@@ -171,7 +171,7 @@ func (p *RevocationPart) Of(imei kme.IMEI) []Revocation {
 	return p.Revoked[first:end]
 }
 
-// check refuses a part that is not that of the lot, not in order, or says nothing new in an entry.
+// check refuses a part that is another lot's, is not in order, or has an entry that changes nothing.
 func (p *RevocationPart) check(m *Manifest, n int) error {
 	if p.Lot != m.Lot || p.Part != n || p.Version < 1 {
 		return fmt.Errorf("it is version %d of part %d of lot %q", p.Version, p.Part, p.Lot)
@@ -218,7 +218,7 @@ func (p *RevocationPart) bitmap(m *Manifest) strict.Base64 {
 	return bits
 }
 
-// add puts an entry in its place, unless the last one of the device says so already.
+// add inserts an entry in order, unless the device's last one says the same.
 func (p *RevocationPart) add(entry Revocation) (added bool) {
 	if had := p.Of(entry.IMEI); len(had) > 0 {
 		last := had[len(had)-1].Key
@@ -232,7 +232,7 @@ func (p *RevocationPart) add(entry Revocation) (added bool) {
 	return true
 }
 
-// readRevocations reads a lot's list, and gives the store's version of it too.
+// readRevocations reads a lot's list. It also gives its version in the store.
 func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest) (*Revocations, string, error) {
 	jws, version, err := store.Read(ctx, RevocationsPath(m.Lot))
 	if errors.Is(err, ErrNotFound) {
@@ -267,13 +267,13 @@ type storedPart struct {
 	version string            // the store's
 }
 
-// satisfies says whether the part is the one that the list names, or a later one.
+// satisfies says whether the part is the version that the list refers to, or a later one.
 func (p *storedPart) satisfies(ref *RevocationRef) bool {
 	return p.Version > ref.Version || p.Version == ref.Version && bytes.Equal(p.sum[:], ref.SHA256)
 }
 
-// readPart reads part n of a lot's revocations. It refuses one that is older than the list says, or another of the same
-// version; ref is nil where the list has no such part, and one that the store does not have is then an empty one, of
+// readPart reads part n of a lot's revocations. It refuses an earlier version than ref, and a different one of the same
+// version. ref is nil if the list has no such part; if the store does not have it either, the part is empty, with
 // version 0.
 func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 	ref *RevocationRef) (*storedPart, error) {

@@ -47,8 +47,8 @@ func (k *DeviceKey) UnmarshalJSON(data []byte) error {
 	return k.IMEI.UnmarshalText([]byte(jwk.KeyID))
 }
 
-// NewShard makes shard n of a lot. It refuses keys that are not exactly those of the shard's devices, in order, each of
-// the lot's suite and no two the same. pkg is the SHA-256 of their injection package.
+// NewShard makes shard n of a lot. It refuses keys unless they are those of all the shard's devices, in order, of the
+// lot's suite and all different. pkg is the SHA-256 of their injection package.
 func NewShard(m *Manifest, n int, keys []DeviceKey, pkg []byte) (*Shard, error) {
 	s := &Shard{Lot: m.Lot, Number: n, Package: pkg, Keys: keys}
 	return s, s.check(m, n)
@@ -102,8 +102,8 @@ func (k DeviceKey) equal(o DeviceKey) bool {
 	return k.IMEI == o.IMEI && bytes.Equal(packed.Key(k.Key), packed.Key(o.Key))
 }
 
-// Fingerprint is the first eight bytes of the SHA-256 of the key: the same for the same key, and for others the same so
-// rarely that whoever finds two has to look at the keys.
+// Fingerprint is the first eight bytes of the SHA-256 of the key. Different keys can have the same one, but rarely:
+// compare the keys then.
 func (k DeviceKey) Fingerprint() uint64 {
 	sum := sha256.Sum256(packed.Key(k.Key))
 	return binary.BigEndian.Uint64(sum[:])

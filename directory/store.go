@@ -8,15 +8,16 @@ import (
 )
 
 // A Store keeps objects by path. It verifies nothing. All methods may be called concurrently and by several processes;
-// what they have done is durable when they return. They write nothing that CheckSize refuses. Package storetest holds
-// every implementation to this.
+// changes are durable when they return. They refuse what CheckSize refuses. Package storetest tests that an
+// implementation keeps this contract.
 type Store interface {
-	// Create puts an object where there is none. The same bytes again are success; other bytes a *ConflictError.
+	// Create creates an object. If there is one with the same bytes, it succeeds; with other bytes, it fails with a
+	// *ConflictError.
 	Create(ctx context.Context, path string, data []byte) error
-	// Read gives an object and its version, an opaque string for Update; or ErrNotFound.
+	// Read gives an object and its version, an opaque string for Update. It fails with ErrNotFound.
 	Read(ctx context.Context, path string) (data []byte, version string, err error)
-	// Update replaces the object that has this version; an empty version stands for there being none. When it has
-	// changed since, ErrChanged.
+	// Update replaces an object if it still has this version; an empty version means that there is no object. Otherwise
+	// it fails with ErrChanged.
 	Update(ctx context.Context, path string, data []byte, version string) error
 	// List gives the names directly below a path, sorted; none if there is nothing.
 	List(ctx context.Context, path string) ([]string, error)
@@ -31,11 +32,11 @@ var (
 	ErrUnavailable = errors.New("the directory is not available")
 )
 
-// MaxObject is the most bytes that an object may have, in every store, so that a directory can move from one to
-// another: Vault on Raft storage takes 1 MiB as it is set up, with some 100 bytes of its own.
+// MaxObject is the largest size of an object, in bytes. It is the same in every store, so that a directory can be
+// moved: Vault on Raft storage takes 1 MiB by default, with some 100 bytes of its own.
 const MaxObject = 1_000_000
 
-// CheckSize refuses an object that no store takes.
+// CheckSize refuses an object that is too large for a store.
 func CheckSize(path string, data []byte) error {
 	if len(data) > MaxObject {
 		return fmt.Errorf("%s would have %d bytes, and an object has %d at most: it was not written", path,
@@ -44,13 +45,13 @@ func CheckSize(path string, data []byte) error {
 	return nil
 }
 
-// A ConflictError says that a path holds other bytes than those to be created there.
+// A ConflictError says that a path has other bytes than those that were to be created.
 type ConflictError struct {
 	Path       string
 	Have, Want [sha256.Size]byte // SHA-256 of what is there, and of what was to be
 }
 
-// NewConflictError compares what a path has with what it was to get.
+// NewConflictError makes one of what a path has, and of what was to be created there.
 func NewConflictError(path string, have, want []byte) *ConflictError {
 	return &ConflictError{Path: path, Have: sha256.Sum256(have), Want: sha256.Sum256(want)}
 }

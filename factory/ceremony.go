@@ -31,13 +31,13 @@ type Minutes struct {
 	Token        string    `json:"token"`        // serial number
 	Who          string    `json:"who"`          // the operating system's user, and the machine
 	Present      []string  `json:"present"`      // as they were named
-	// that gave the security officer's PIN; null if it came from a file
+	// the split whose shares gave the security officer's PIN; null if it came from a file
 	Split  *hsmkeys.Split    `json:"so_split"`
 	Shares []int             `json:"so_shares"` // the custodians whose shares were used
 	Made   map[string]string `json:"made"`
 }
 
-// ErrNoMinutes goes with an error after which a ceremony is done and has no minutes.
+// ErrNoMinutes is in an error after which the ceremony is done, but has no minutes.
 var ErrNoMinutes = errors.New("done, but there are no minutes of it")
 
 // A Ceremony is a command that needs the security officer's PIN. It leaves minutes.
@@ -71,16 +71,16 @@ func SplitFacts(split *hsmkeys.Split, custodians []custody.Custodian) map[string
 	return made
 }
 
-// An Act is what a ceremony is held for. It gives the facts for the minutes.
+// An Act does what a ceremony is held for. It gives the facts for the minutes.
 type Act func(token string, pin hsmkeys.OfficerPIN) (made map[string]string, err error)
 
-// Hold does act with the security officer's PIN, and writes the minutes of what it has made. Without minutes, what
-// it has made is to be handed to nobody. The security officer's login needs the token for itself: nobody else in
-// the process may have it open.
+// Hold does act with the security officer's PIN, and writes the minutes of what it has made. Without minutes, hand what
+// it has made to nobody. The security officer's login needs the token alone: nothing else in the process may have it
+// open.
 func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error) {
 	m := Minutes{Ceremony: c.Name, Present: append([]string{}, c.Present...)}
 	var pin hsmkeys.OfficerPIN
-	// which can sign the minutes
+	// the token, which must be able to sign the minutes
 	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken, _ *directory.Signer) (err error) {
 		if err := c.State.Check(token); err != nil {
 			return err
@@ -145,7 +145,7 @@ type Enrolled struct {
 
 // EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
 // transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
-// is for what was wrapped under it. It opens the token itself: nobody else in the process may have it open.
+// opens what was wrapped under it. It opens the token itself: nothing else in the process may have it open.
 func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string,
 	transport *rsa.PublicKey,
 	generation int) (*Enrolled, error) {
@@ -165,8 +165,7 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 }
 
 // EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key,
-// as EnrollOperator does for an operator. With one more than the newest generation, the packages made from then on are
-// for that one.
+// as EnrollOperator does for an operator. With one more than the newest generation, later packages are for the new key.
 func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey,
 	generation int) (*Enrolled, error) {
 	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
@@ -189,8 +188,8 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	if err := directory.CheckName(name); err != nil {
 		return nil, err
 	}
-	// The key is named after the manufacturer, whose signing key only a user's login shows; the security officer's
-	// login ends that one.
+	// The key's name has the manufacturer, whose signing key only a user can see. So this comes before the security
+	// officer's login, which ends the user's.
 	var k hsmkeys.Key
 	err := withSigner(ctx, tokenURI, func(t *hsmkeys.FactoryToken, s *directory.Signer) (err error) {
 		if k = named(s.KeyID()); generation > 0 {

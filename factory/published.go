@@ -36,7 +36,7 @@ type publishedLot struct {
 	modulus *big.Int
 }
 
-// moduli are those of lots, with their names.
+// moduli are the moduli of lots, with their names.
 func moduli(lots []publishedLot) iter.Seq2[string, *big.Int] {
 	return func(yield func(string, *big.Int) bool) {
 		for _, l := range lots {
@@ -47,8 +47,8 @@ func moduli(lots []publishedLot) iter.Seq2[string, *big.Int] {
 	}
 }
 
-// publishedLots gives all lots of the directory, and those that the line remembers and that are not there: in a wrong
-// directory their IMEIs would be given out twice. It reads only manifests that were not verified before.
+// publishedLots gives all lots of the directory, and those that the line remembers and that are not there: otherwise,
+// with a wrong directory, their IMEIs would be given out twice. It reads only manifests that were not verified before.
 func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error) {
 	read, write, err := sqlite.Open(ctx, l.state.path("published.db"), sqlconn.First(publishedSchema))
 	if err != nil {
@@ -62,7 +62,7 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 	}
 	names, err := l.store.List(ctx, "lots")
 	if errors.Is(err, fs.ErrNotExist) && len(known) == 0 {
-		err = nil // the line's first lot makes the directory
+		err = nil // the directory is made with the line's first lot
 	}
 	if err != nil {
 		return nil, err
@@ -79,7 +79,7 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 		reading.Go(func() error {
 			m, err := l.reader.Manifest(rctx, name)
 			if errors.Is(err, directory.ErrNotFound) {
-				return nil // its folder was made, and its manifest never published
+				return nil // its folder exists, but its manifest was never published
 			}
 			if fresh[i] = m; err == nil {
 				all[i] = publishedLot{lot: name, ranges: m.Ranges, modulus: m.PublicKey().N}

@@ -23,7 +23,7 @@ type Difference struct {
 	Shard  int    `json:"shard"` // -1: of the lot as a whole
 	What   string `json:"what"`
 	Remedy string `json:"remedy"`
-	// Reconcile can do it: no key is lost by it, and none published that was not made for it
+	// Reconcile can do it: that loses no key, and publishes only keys of whole packages
 	Safe     bool `json:"safe"`
 	Repaired bool `json:"repaired"`
 	repair   func(context.Context) error
@@ -50,15 +50,15 @@ func (r *Reconciliation) Open() (n int) {
 	return n
 }
 
-// differs adds a difference of the lot as a whole; repair is nil if Reconcile cannot do it.
+// differs adds a difference of the lot as a whole; repair is nil if Reconcile cannot repair it.
 func (r *Reconciliation) differs(what, remedy string, repair func(context.Context) error) {
 	r.Differences = append(r.Differences, Difference{Shard: -1, What: what, Remedy: remedy, Safe: repair != nil,
 		repair: repair})
 }
 
-// Reconcile compares what the journal, the injection packages below out, the directory and the token have of a
-// lot, and says of each difference what is to be done. With repair it does what is safe. Nobody else may be at
-// work on the lot in these folders.
+// Reconcile compares what the journal, the injection packages below out, the directory and the token have of a lot, and
+// says of each difference what is to be done. With repair it does what is safe. No other process may work on the lot in
+// these folders.
 func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Reconciliation, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
@@ -127,7 +127,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 	return r, nil
 }
 
-// strays are files in the lot's folder that belong to nothing.
+// strays finds files in the lot's folder that belong to nothing.
 func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -141,7 +141,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 			name == ".lock":
 		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"):
 			// compareRevocations looks at them
-		case strings.HasPrefix(name, "."): // as renameio names what it has not yet put in place
+		case strings.HasPrefix(name, "."): // a file that renameio was writing
 			path := filepath.Join(dir, name)
 			r.differs(path+" was left by a run that was killed", "remove it: it never was a package",
 				func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) })
@@ -212,7 +212,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 	return nil
 }
 
-// compare says what does not agree of a shard, nil if all does.
+// compare gives the difference of a shard; nil if there is none.
 func (l *Line) compare(
 	ctx context.Context, j *shard.Journal, m *directory.Manifest, n int, dir string, e shard.Entry,
 ) (d *Difference, pending bool, err error) {

@@ -20,8 +20,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Revoke publishes that devices of a lot are not to be trusted any more. Doing it again changes nothing, and finishes
-// what a run that was interrupted has left. report gets the number of devices that are done; it may be nil.
+// Revoke publishes that devices of a lot are not to be trusted any more. A second call changes nothing, and finishes an
+// interrupted run. report gets the number of devices that are done; it may be nil.
 func (l *Line) Revoke(ctx context.Context, lot string, imeis []kme.IMEI, reason string, report func(done int)) error {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
@@ -44,11 +44,11 @@ func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directo
 	return l.reader.ReadRevocations(ctx, m)
 }
 
-// A Loss is what somebody who revokes devices is told before, and the name that they repeat if they mean it.
+// A Loss is what is said before devices are revoked, and the name to type as a confirmation.
 type Loss struct{ Says, Name string }
 
-// RevocationLoss says what is lost when devices of a lot are revoked, or without any the whole lot; nil if nothing is,
-// because they are revoked already. It fails if a device is not in the lot.
+// RevocationLoss says what is lost when devices of a lot are revoked, or the whole lot if none is named; nil if they are
+// revoked already. It fails if a device is not in the lot.
 func (l *Line) RevocationLoss(ctx context.Context, lot string, imeis []kme.IMEI) (*Loss, error) {
 	m, err := l.Lot(ctx, lot)
 	if err != nil {
@@ -162,9 +162,9 @@ func ReadIMEIs(path string) (imeis []kme.IMEI, err error) {
 	return imeis, nil
 }
 
-// Reissue gives a device that came back a new key, in an injection package of its own below out, and revokes the one
-// that it had, for a fixture, as in ProvisionOptions. The reason names the return: with the same one again nothing
-// changes, so that a run that was interrupted can be repeated.
+// Reissue gives a returned device a new key, and revokes the one that it had. The injection package is below out, for a
+// fixture as in ProvisionOptions. The reason identifies the return: the same reason again changes nothing, so an
+// interrupted run can be repeated.
 func (l *Line) Reissue(
 	ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string,
 ) (path string, err error) {
@@ -190,7 +190,7 @@ func (l *Line) Reissue(
 	if err != nil {
 		return "", err
 	}
-	// In another folder, neither an earlier package of the device nor a station would be found.
+	// In another folder, the device's earlier packages and the stations would not be found.
 	dir := filepath.Join(out, lot)
 	if _, err := os.Stat(filepath.Join(dir, handover.ManifestFile)); errors.Is(err, fs.ErrNotExist) {
 		return "", fmt.Errorf("there are no injection packages of lot %s in %s: name with --out, or with state, the "+
@@ -214,7 +214,8 @@ func (l *Line) Reissue(
 		n++
 	}
 	path = filepath.Join(dir, handover.ReissueFile(imei, n))
-	// As with shards: the package is on disk before its key is published; one that is there was not published yet.
+	// As with shards, the package is on disk before its key is published. So a package that is there already was not
+	// published.
 	line, hash, err := handover.ReadReissue(path, lot, imei)
 	if errors.Is(err, fs.ErrNotExist) {
 		line, hash, err = l.makeReissue(ctx, m, imei, shard, fixture, path)

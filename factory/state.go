@@ -20,18 +20,18 @@ import (
 )
 
 // A State is the line's own folder. It has the journal of the shards, the audit log of all commands, the minutes of
-// ceremonies, the record of who was granted what, and the lock of the commands that make keys.
+// ceremonies, the record of grants, and the lock of the commands that make keys.
 type State struct{ Dir string }
 
 func (s State) path(names ...string) string { return filepath.Join(s.Dir, filepath.Join(names...)) }
 
-// PublicKey is the file with the manufacturer's public key, unless that is elsewhere.
+// PublicKey is the default file of the manufacturer's public key.
 func (s State) PublicKey() string { return s.path("manufacturer.pem") }
 
-// Injection is the folder of the injection packages, unless they are elsewhere.
+// Injection is the default folder of the injection packages.
 func (s State) Injection() string { return s.path("injection") }
 
-// Check fails if the folder is not the one of a token's line, which factory init has made.
+// Check fails unless factory init has made the folder for this token.
 func (s State) Check(token Token) error {
 	if _, err := os.Stat(s.path(auditlog.File)); errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("the folder %s is no line's: run factory init first; or, if it is elsewhere, name it with "+
@@ -42,7 +42,7 @@ func (s State) Check(token Token) error {
 	return Fits(token, s.PublicKey())
 }
 
-// Fits fails if a file, unless it is not there, has the public key of another manufacturer than the token's.
+// Fits fails if a file has the public key of another manufacturer than the token's. The file need not exist.
 func Fits(token Token, path string) error {
 	have, err := os.ReadFile(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -70,8 +70,8 @@ func Fits(token Token, path string) error {
 // Log is the audit log of all commands that use the token.
 func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
 
-// SignLog has the token sign a line of the audit log. A token without a signing key, before
-// factory init, signs nothing yet.
+// SignLog signs a line of the audit log by the token. Before factory init, when there is no signing key, it does
+// nothing.
 func (s State) SignLog(token Token, head *auditlog.Head) error {
 	signer, err := openSigner(token)
 	if errors.Is(err, errNoSigningKey) {
@@ -100,8 +100,8 @@ func (s State) Entries(ctx context.Context, manufacturer, lot string) (map[int]s
 	return entries, errors.Join(err, j.Close())
 }
 
-// recordGrant remembers, durably, that an operator was granted a lot: grants/OPERATOR/LOT, with the time of the first
-// grant. The grant itself is not kept. forget undoes what was not on record before.
+// recordGrant notes, durably, that an operator was granted a lot: grants/OPERATOR/LOT has the time of the first grant.
+// The grant itself is not kept. forget removes the note if it is new.
 func (s State) recordGrant(operator, lot string) (forget func() error, err error) {
 	dir := s.path("grants", operator)
 	path := filepath.Join(dir, lot)
@@ -126,8 +126,8 @@ func (s State) recordGrant(operator, lot string) (forget func() error, err error
 	return forget, nil
 }
 
-// GrantedLots lists the lots that an operator was granted, sorted, for a policy of Vault's. Vault knows no capital
-// letters in a policy's name: operators whose names differ in them alone are refused.
+// GrantedLots lists the lots that an operator was granted, sorted, for a Vault policy. The names of policies are
+// case-insensitive: it refuses operators whose names differ in case alone.
 func (s State) GrantedLots(operator string) (lots []string, err error) {
 	if err := directory.CheckName(operator); err != nil {
 		return nil, err
@@ -157,7 +157,7 @@ func (s State) GrantedLots(operator string) (lots []string, err error) {
 	return names(operator)
 }
 
-// Granted says to whom a lot was granted, and when first.
+// A Granted says to whom a lot was granted, and when first.
 type Granted struct {
 	Operator string    `json:"operator"`
 	Time     time.Time `json:"time"`
@@ -182,7 +182,7 @@ func (s State) Grants(lot string) ([]Granted, error) {
 	return all, nil
 }
 
-// recordSeal remembers, durably, that a lot's key was sealed: sealed/LOT. The first time stays.
+// recordSeal notes, durably, when a lot's key was first sealed: sealed/LOT.
 func (s State) recordSeal(lot string) error {
 	if t, err := s.Sealed(lot); err != nil || !t.IsZero() {
 		return err

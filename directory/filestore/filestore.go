@@ -22,7 +22,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// temporary marks files that are being written; no path of an object begins so.
+// temporary is how the names of files begin that are being written. No object's path begins so.
 const temporary = ".tmp-"
 
 // A Store is a directory.Store. Other processes may use the same folder.
@@ -30,7 +30,7 @@ type Store struct{ dir string }
 
 var _ directory.Store = (*Store)(nil)
 
-// Open keeps objects below dir, which is made with the first one. Until then nothing can be read there.
+// Open makes a Store below dir. The folder is made with the first object; until then nothing can be read.
 func Open(dir string) (*Store, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
@@ -49,7 +49,7 @@ func (s *Store) file(path string) (string, error) {
 	return filepath.Join(s.dir, filepath.FromSlash(path)), nil
 }
 
-// place is the file that an object is to be written to, in a folder that is there.
+// place gives the file of an object, and makes its folder.
 func (s *Store) place(ctx context.Context, path string, data []byte) (string, error) {
 	if err := cmp.Or(ctx.Err(), directory.CheckSize(path, data)); err != nil {
 		return "", err
@@ -64,7 +64,7 @@ func (s *Store) place(ctx context.Context, path string, data []byte) (string, er
 	return file, nil
 }
 
-// Create writes a temporary file and links it to its name, which fails where there is one, whoever made it.
+// Create writes a temporary file and links it to the object's name, which fails if the name exists, whoever made it.
 func (s *Store) Create(ctx context.Context, path string, data []byte) error {
 	file, err := s.place(ctx, path, data)
 	if err != nil {
@@ -94,7 +94,7 @@ func (s *Store) Create(ctx context.Context, path string, data []byte) error {
 	} else if err != nil {
 		return cannotWrite(path, err)
 	}
-	// Also where another process linked it: its success may not be on disk yet.
+	// Also if another process has linked it: the link may not be on disk yet.
 	return durable.SyncDir(dir)
 }
 
@@ -125,7 +125,7 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	return data, hex.EncodeToString(sum[:]), nil
 }
 
-// readAll reads a file, of one that is larger than any object a byte more than that has.
+// readAll reads a file; of one that is larger than any object, one byte more than the largest object has.
 func readAll(file string) ([]byte, error) {
 	f, err := os.Open(file)
 	if err != nil {
@@ -135,7 +135,7 @@ func readAll(file string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, directory.MaxObject+1))
 }
 
-// gone fails if the folder of all objects is not there: that says nothing of what is published.
+// gone fails if the folder of all objects is not there: then it is not known what is published.
 func (s *Store) gone() error {
 	_, err := os.Stat(s.dir)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -66,8 +66,8 @@ func lineDigest(line []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// Record runs a command, f, and puts down that it has begun, and how it has ended; sign has the token
-// sign that. A command that cannot be put down is not run.
+// Record runs a command, f. It logs that the command begins, and how it has ended, and calls sign for the last line. If
+// the beginning cannot be logged, f is not run.
 func (l Log) Record(command []string, token string, f func() error, sign func(*Head) error) error {
 	if _, err := l.Append(command, token, Begun); err != nil {
 		return err
@@ -115,9 +115,9 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 	return head, nil
 }
 
-// Sign has a line signed, the last one of a command. Where commands run side by side, the one that ends last signs
-// last, maybe not the last line: the next command's signature covers that. A log that has not the line any more that
-// was signed last is not signed: the token would vouch for what somebody has made of it.
+// Sign signs the last line of a command. If commands run side by side, the last signature may not be of the last line:
+// then the next command's signature covers that. It refuses a log that does not have the line any more that was signed
+// last: the token would vouch for what somebody has made of it.
 func (l Log) Sign(s *directory.Signer, head *Head) error {
 	if _, err := l.Verify(directory.NewVerifier(s.Public())); err != nil && !l.unsigned(err, head) {
 		return fmt.Errorf("the token does not sign it: %w; keep it as it is, find out who wrote to it, and bring back "+
@@ -145,7 +145,7 @@ func (l Log) unsigned(err error, head *Head) bool {
 // A Report is what Verify found of a log that is whole.
 type Report struct {
 	Lines       int     `json:"lines"`
-	Signed      int     `json:"signed"`      // up to this line the token vouches for it
+	Signed      int     `json:"signed"`      // up to this line, the token's signature covers it
 	Interrupted []Entry `json:"interrupted"` // commands that have begun and not ended: killed, or still at work
 }
 
@@ -189,7 +189,7 @@ func (l Log) Verify(v *directory.Verifier) (*Report, error) {
 	return r, nil
 }
 
-// read gives the digests of all lines of a log that is a chain, and its entries.
+// read gives the digests of all lines and the entries. It fails if the lines are not a chain.
 func (l Log) read() (digests []string, entries []Entry, err error) {
 	f, err := os.Open(filepath.Join(l.Dir, File))
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package inspect checks what a manufacturer has published as a customer would, who has the manufacturer's public key
-// and nothing else. It needs no token, and changes nothing.
+// Package inspect checks what a manufacturer has published, as a customer can: with nothing but the manufacturer's
+// public key. It needs no token, and changes nothing.
 package inspect
 
 import (
@@ -22,17 +22,17 @@ import (
 	"github.com/kmehsm/kmehsm/internal/weakkey"
 )
 
-// maxProblems bounds what a Verification lists; the rest is counted.
+// maxProblems bounds how many problems a Verification lists. The others are counted.
 const maxProblems = 100
 
-// A Verification is what was found of lots. It has no problem if all is as it should be.
+// A Verification is the result of checking lots. It has no problems if everything is right.
 type Verification struct {
 	Lots        int          `json:"lots"`
 	Devices     int          `json:"devices"`  // whose keys were verified
 	Packages    int          `json:"packages"` // injection packages compared with what is published
 	Revoked     int          `json:"revoked"`
 	RevokedLots []RevokedLot `json:"revoked_lots"` // those that are revoked as a whole
-	// what is wrong, each with the object that it is wrong with; not more than 100
+	// each with its object; 100 at most
 	Problems []string `json:"problems"`
 	More     int      `json:"more"` // problems that are not listed
 }
@@ -56,7 +56,7 @@ type verifying struct {
 	found Verification // guarded by mu
 	keys  []uint64     // fingerprints of all device keys; guarded by mu
 
-	issued map[string][]directory.DeviceKey // keys that came in the place of others, by lot
+	issued map[string][]directory.DeviceKey // keys that replaced others, by lot
 }
 
 func newVerifying(store directory.Store, v *directory.Verifier, report func(int)) *verifying {
@@ -79,8 +79,8 @@ func (v *verifying) problem(format string, args ...any) {
 
 // Lot checks a lot: every signature; that every IMEI of the lot is there exactly once; that every public key is of the
 // lot's suite and on its curve, and no two are the same; the modulus; and that the injection packages below packages,
-// unless that is empty, are those of the published keys. What is wrong is in the Verification; an error is that it
-// could not be found out. report gets the number of devices verified so far, from one goroutine at a time.
+// unless that is empty, are those of the published keys. The Verification has what is wrong; an error means that the
+// check could not be made. report gets the number of devices verified so far, from one goroutine at a time.
 func Lot(
 	ctx context.Context, store directory.Store, verifier *directory.Verifier, lot, packages string,
 	report func(devices int),
@@ -93,8 +93,8 @@ func Lot(
 	return &v.found, err
 }
 
-// All checks all lots of a manufacturer as Lot does one, without injection packages, and what only shows among
-// them: moduli that share a prime, ranges that overlap, a device key in two lots.
+// All checks all lots of a manufacturer as Lot does, without injection packages. It also compares lots with one
+// another: moduli that share a prime, ranges that overlap, a device key in two lots.
 func All(
 	ctx context.Context, store directory.Store, verifier *directory.Verifier, report func(devices int),
 ) (*Verification, error) {
@@ -145,7 +145,7 @@ func (v *verifying) overlaps(lots []*directory.Manifest) {
 	slices.SortFunc(all, func(a, b part) int {
 		return cmp.Or(strings.Compare(a.TAC.String(), b.TAC.String()), a.First-b.First, strings.Compare(a.lot, b.lot))
 	})
-	var furthest part // of those so far
+	var furthest part // of those that were seen
 	for _, p := range all {
 		if p.TAC == furthest.TAC && p.First < furthest.First+furthest.Count {
 			v.problem("lots %s and %s: both have IMEIs from %s%06d on", furthest.lot, p.lot, p.TAC, p.First)
@@ -156,7 +156,7 @@ func (v *verifying) overlaps(lots []*directory.Manifest) {
 	}
 }
 
-// manifest is nil, with the problem noted, if what is in the directory is none.
+// manifest reads a lot's manifest. If it is refused, it notes the problem and gives nil.
 func (v *verifying) manifest(ctx context.Context, lot string) (*directory.Manifest, error) {
 	m, err := v.reader.Manifest(ctx, lot)
 	if errors.As(err, new(*directory.RefusedError)) {
@@ -203,7 +203,7 @@ func (v *verifying) lots(ctx context.Context, lots []*directory.Manifest, packag
 	return v.duplicates(ctx, lots)
 }
 
-// refused notes an error that says that an object is not believed, or not there, and gives any other.
+// refused notes an error about an object that is refused or missing. It returns any other error.
 func (v *verifying) refused(err error) error {
 	if errors.As(err, new(*directory.RefusedError)) || errors.Is(err, directory.ErrNotFound) {
 		v.problem("%v", err)
@@ -248,7 +248,7 @@ func (v *verifying) revocations(ctx context.Context, m *directory.Manifest, pack
 	return nil
 }
 
-// part looks at the keys that were issued in the place of others.
+// part checks the keys that replaced others.
 func (v *verifying) part(m *directory.Manifest, part *directory.RevocationPart, packages string) {
 	v.found.Revoked += len(part.Revoked)
 	for path, e := range handover.Reissues(part.Revoked, filepath.Join(packages, m.Lot)) {
@@ -264,7 +264,7 @@ func (v *verifying) part(m *directory.Manifest, part *directory.RevocationPart, 
 	}
 }
 
-// objects checks what of a lot is neither manifest nor shard.
+// objects checks a lot's objects that are neither manifest nor shard.
 func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages string) error {
 	if err := v.revocations(ctx, m, packages); err != nil {
 		return err
@@ -288,9 +288,9 @@ func (v *verifying) objects(ctx context.Context, m *directory.Manifest, packages
 	return err
 }
 
-// shards gives f all shards of a lot, several at a time. A shard has its devices' IMEIs, no other, in order
-// (Reader.ReadShard refuses it otherwise), and a manifest's ranges do not overlap: with all shards there, each IMEI is
-// there once. What is missing or refused is a problem, noted on the first of two passes.
+// shards calls f for all shards of a lot, several at a time. A shard has its devices' IMEIs, no other, in order
+// (Reader.ReadShard refuses it otherwise), and a manifest's ranges do not overlap: if all shards are there, each IMEI
+// is there once. A missing or refused shard is a problem, which the first of two passes notes.
 func (v *verifying) shards(ctx context.Context, m *directory.Manifest, f func(int, *directory.Shard), note bool) error {
 	return shard.Each(ctx, m, func(ctx context.Context, n int) error {
 		s, err := v.reader.ReadShard(ctx, m, n)
@@ -319,8 +319,8 @@ func (v *verifying) compare(m *directory.Manifest, n int, s *directory.Shard, di
 	}
 }
 
-// duplicates names the devices that have one key. Where fingerprints are alike, the keys themselves are compared, in a
-// second pass; memory is eight bytes a device.
+// duplicates names the devices that have the same key. If fingerprints are the same, it compares the keys themselves,
+// in a second pass. It needs eight bytes of memory for each device.
 func (v *verifying) duplicates(ctx context.Context, lots []*directory.Manifest) error {
 	slices.Sort(v.keys)
 	twice := map[uint64]bool{}

@@ -21,7 +21,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
-// An Overview says how lots stand, by what the directory and the line's own folder have of them: it needs no token.
+// An Overview says how lots stand, by the directory and the line's own folder. It needs no token.
 type Overview struct {
 	store    directory.Store
 	verifier *directory.Verifier
@@ -35,7 +35,7 @@ func New(store directory.Store, v *directory.Verifier, state factory.State) *Ove
 	return &Overview{store: store, verifier: v, reader: reader, state: state}
 }
 
-// A Stage is how far a lot is on its way.
+// A Stage says how far a lot is.
 type Stage string
 
 const (
@@ -47,8 +47,8 @@ const (
 	StageRevoked   Stage = "revoked" // all of it and for good
 )
 
-// A LotState is how a lot stands. Who was granted it, and whether it is sealed, is what the line's folder knows of:
-// another folder's commands are not in there.
+// A LotState is how a lot stands. Whom it was granted to, and whether it is sealed, is known from the line's folder:
+// commands with another folder are not in there.
 type LotState struct {
 	*directory.Manifest
 	Stage      Stage                    `json:"stage"`
@@ -138,7 +138,7 @@ func (o *Overview) lot(ctx context.Context, m *directory.Manifest) (s *LotState,
 	return s, nil
 }
 
-// Missing says what the lot would lack for ever if it were sealed now.
+// Missing says what could not be done any more if the lot were sealed now.
 func (s *LotState) Missing(folder string) (missing []string) {
 	if s.Published < s.Devices {
 		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", s.Devices-s.Published,
@@ -227,7 +227,7 @@ func (o *Overview) Work(ctx context.Context, s *LotState, injection string, now 
 			devices[at] += d
 		}
 	}
-	if len(recent) > 1 { // the work on the first package began at a time that nobody knows: it only starts the clock
+	if len(recent) > 1 { // when the first package was begun is not known: it only starts the clock
 		first := slices.MinFunc(recent, time.Time.Compare)
 		made := -devices[first]
 		for _, d := range devices {

@@ -8,7 +8,7 @@ import (
 	"github.com/kmehsm/kmehsm/factory/station"
 )
 
-// A Shift is what somebody who runs the line wants to know of a lot.
+// A Shift is what the people at the line want to know about a lot.
 type Shift struct {
 	*LotState
 	*Work

@@ -42,17 +42,17 @@ func OpenJournal(ctx context.Context, path, manufacturer string) (*Journal, erro
 // Close may be called when no other call is under way.
 func (j *Journal) Close() error { return errors.Join(j.read.Close(), j.write.Close()) }
 
-// to reads for an operation, which its errors name.
+// to makes a connection for an operation, which errors name.
 func (j *Journal) to(operation string) sqlconn.Conn {
 	return sqlconn.Conn{Operation: "the line's journal: " + operation, DB: sqlconn.SQL{DB: j.read}}
 }
 
-// exec is not ended by a context: a shard in flight is finished.
+// exec ignores cancellation: a shard that was begun is finished.
 func (j *Journal) exec(operation, query string, args ...any) error {
 	return j.to(operation).Named(j.write.Exec(context.Background(), query, args...))
 }
 
-// An Entry is what the journal has of a shard; the zero Entry, that it was never begun.
+// An Entry is what the journal has of a shard. The zero Entry means that it was never begun.
 type Entry struct {
 	Begun   bool
 	State   State
@@ -70,14 +70,14 @@ func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error
 	}, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
 }
 
-// Plan remembers the shards from, up to but not including to, as begun, before the first key of them is made.
+// Plan notes the shards from (included) to to (not included) as begun. It is called before their first key is made.
 func (j *Journal) Plan(lot string, from, to int) error {
 	return j.exec("plan shards", `WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
 		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO
 			NOTHING`, j.manufacturer, lot, from, to)
 }
 
-// Generated remembers the SHA-256 of a shard's package, which is on disk, and what is to be published of it.
+// Generated notes the SHA-256 of a shard's package, which is on disk, and the signed object to be published.
 func (j *Journal) Generated(lot string, n int, pkg, jws []byte) error {
 	return j.exec("note a shard as generated", `INSERT INTO shard (manufacturer, lot, number, state, package, jws)
 		VALUES (?, ?, ?, ?, ?, ?)
@@ -85,13 +85,13 @@ func (j *Journal) Generated(lot string, n int, pkg, jws []byte) error {
 		j.manufacturer, lot, n, Generated, pkg, jws)
 }
 
-// Published remembers that the directory has taken a shard.
+// Published notes that a shard is in the directory.
 func (j *Journal) Published(lot string, n int) error {
 	return j.exec("note a shard as published", "UPDATE shard SET state = ? WHERE manufacturer = ? AND lot = ? AND "+
 		"number = ?", Published, j.manufacturer, lot, n)
 }
 
-// Acknowledged remembers a shard as read back from the directory, and the SHA-256 of its package unless that is nil.
+// Acknowledged notes that a shard was read back from the directory, and the SHA-256 of its package unless that is nil.
 func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
 	return j.exec("note a shard as acknowledged", `INSERT INTO shard (manufacturer, lot, number, state, package)
 		VALUES (?, ?, ?, ?, ?)
@@ -99,7 +99,7 @@ func (j *Journal) Acknowledged(lot string, n int, pkg []byte) error {
 		j.manufacturer, lot, n, Acknowledged, pkg)
 }
 
-// Signed is what is to be published of a shard; nil if the journal has it no more.
+// Signed is the signed object to be published of a shard; nil if the journal does not have it any more.
 func (j *Journal) Signed(ctx context.Context, lot string, n int) (jws []byte, err error) {
 	err = j.read.QueryRowContext(ctx, "SELECT jws FROM shard WHERE manufacturer = ? AND lot = ? AND number = ?",
 		j.manufacturer, lot, n).Scan(&jws)

@@ -1,5 +1,5 @@
-// Package shard knows a lot's shards: the journal of their way from the token to the directory, and how injection
-// package, directory and journal stand to each other.
+// Package shard has the shards of a lot: the journal of their way from the token to the directory, and the comparison
+// of injection package, directory and journal.
 package shard
 
 import (
@@ -13,15 +13,15 @@ import (
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
 
-// A Standing is how a shard's injection package, its object in the directory and the journal stand to each other.
+// A Standing is the result of comparing a shard's injection package, its object in the directory and the journal.
 type Standing int
 
 const (
-	Unmade         Standing = iota // there is nothing of it
+	Unmade         Standing = iota // it was never begun
 	Remnant                        // a killed run's: its package is damaged, and nothing of it was published
 	Stray                          // its package is damaged and unpublished, and the journal never began it
 	Made                           // its package is whole, and it is not published
-	Lost                           // so, and it was published before
+	Lost                           // as Made, but it was published before
 	Unrecorded                     // package and directory agree, and the journal does not say so yet
 	Misrecorded                    // package and directory agree, and the journal has another package
 	Agreed                         // package, directory and journal agree
@@ -43,8 +43,8 @@ type View struct {
 	entry     Entry
 }
 
-// Look reads the injection package of a shard, in the lot's folder dir, to compare it with what directory and journal
-// have of it. published is nil if the directory has nothing.
+// Look reads the injection package of a shard in the lot's folder dir, for a comparison with directory and journal.
+// published is nil if the directory does not have the shard.
 func Look(m *directory.Manifest, n int, dir string, published *directory.Shard, e Entry) *View {
 	v := &View{Path: filepath.Join(dir, handover.InjectionFile(n)), lot: m.Lot, number: n,
 		published: published, entry: e}
@@ -86,7 +86,7 @@ func (v *View) Standing() Standing {
 	return Stray
 }
 
-// Describe says what does not agree, and what is to be done; nothing of a shard that is Agreed or Unmade.
+// Describe says what differs, and what is to be done; nothing if the shard is Agreed or Unmade.
 func (v *View) Describe() (what, remedy string) {
 	const lastWay = "; if it is lost for good, factory lot reissue its devices one by one"
 	publish := "publish " + directory.ShardPath(v.lot, v.number) + " with the keys of its package"

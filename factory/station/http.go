@@ -24,10 +24,10 @@ import (
 //go:embed wall.html wall.js
 var wall embed.FS
 
-// Handler serves stations, and a wall screen. A station is whoever its client certificate names, the common name of its
-// subject, and is one of Options.Stations. Whoever is none sees the counts, and of devices the IMEI that each station
-// holds. A browser shows a client certificate to whatever page asks it to, so that requests of other pages are refused
-// (see http.CrossOriginProtection), and bodies that a form can make.
+// Handler serves stations, and a wall screen. A station's name is the common name of its client certificate's subject,
+// and one of Options.Stations. Others see the counts, and the IMEI that each station holds. A browser sends its client
+// certificate with requests of any page; so requests of other pages are refused (see http.CrossOriginProtection), and
+// so are bodies that a form can make.
 //
 //	POST /v1/lots/{lot}/next                     the next device: a Ticket
 //	POST /v1/lots/{lot}/devices/{imei}           that device: a Ticket
@@ -39,7 +39,7 @@ var wall embed.FS
 //
 // An error is {"error": "..."}: 400 for what makes no sense, 403 for whoever is no station or comes from another page,
 // 404 when no device is left, 409 for what this station may not do now, 415 for a body that does not say that it is
-// JSON, 503 for what may work later. The log has who was refused what, and why.
+// JSON, 503 for what may work later. The log says who was refused, and why.
 func (d *Desk) Handler() http.Handler {
 	mux := http.NewServeMux()
 	station := func(pattern string, f func(r *http.Request, station string) (any, error)) {
@@ -144,7 +144,8 @@ func Serve(ctx context.Context, address string, config *tls.Config, o Options) (
 	return <-drained
 }
 
-// handshakes takes what http.Server logs: connections that came to no request, as with a certificate of another CA.
+// handshakes takes the log lines of http.Server: connections that failed before a request, for example with a
+// certificate of another CA.
 type handshakes struct{ *Desk }
 
 func (h handshakes) Write(line []byte) (int, error) {
@@ -169,7 +170,7 @@ func (d *Desk) stationOf(r *http.Request) (string, error) {
 
 type badRequest struct{ error }
 
-// refuse answers a request with an error, and says so in the log.
+// refuse answers a request with an error, and logs it.
 func (d *Desk) refuse(w http.ResponseWriter, r *http.Request, station string, code int, reason string, more ...any) {
 	d.refused(code, append([]any{"method", r.Method, "path", r.URL.Path, "station", station, "address", r.RemoteAddr,
 		"reason", reason}, more...)...)

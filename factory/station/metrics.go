@@ -11,7 +11,7 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// metrics are a desk's. They name stations and lots, and no device, as the wall screen does.
+// metrics are a desk's. Like the wall screen, they name stations and lots, but no devices.
 type metrics struct {
 	handler  http.Handler
 	refusals *prometheus.CounterVec
@@ -28,7 +28,7 @@ var (
 			"since 1970", nil, nil)
 )
 
-// refusalCodes are what Handler answers to what it refuses.
+// refusalCodes are the status codes with which Handler refuses.
 var refusalCodes = []int{http.StatusBadRequest, http.StatusForbidden, http.StatusNotFound, http.StatusConflict,
 	http.StatusUnsupportedMediaType, http.StatusInternalServerError, http.StatusServiceUnavailable}
 
@@ -46,8 +46,8 @@ func newMetrics(d *Desk) *metrics {
 	return m
 }
 
-// refused counts a refusal, and logs it. Of each code 20 are logged at once, and then one every 5 s: whoever asks too
-// often fills no disk.
+// refused counts a refusal, and logs it. For each code, 20 are logged at once, and then one every 5 s: too many
+// requests cannot fill a disk.
 func (d *Desk) refused(code int, args ...any) {
 	d.metrics.refusals.WithLabelValues(strconv.Itoa(code)).Inc()
 	if often := d.metrics.logged[code]; often != nil {
@@ -55,7 +55,7 @@ func (d *Desk) refused(code int, args ...any) {
 	}
 }
 
-// A collector tells what Status does.
+// A collector gives the counts of Status as metrics.
 type collector struct{ d *Desk }
 
 func (collector) Describe(to chan<- *prometheus.Desc) {

@@ -1,8 +1,8 @@
 // Package station hands out devices to the stations of the line that inject their keys, and
 // remembers what became of each.
 //
-// It needs no token: what a station gets is wrapped for its fixture, and nothing is handed out that the
-// directory does not have, just so.
+// It needs no token: private keys are wrapped for the fixture. A device is handed out only if the directory has exactly
+// this key of it.
 package station
 
 import (
@@ -31,20 +31,20 @@ import (
 //go:embed station.sql
 var schema string
 
-// A State is what became of a device.
+// A State says what became of a device.
 type State string
 
 const (
 	Waiting  State = "waiting"  // never handed out
 	Out      State = "out"      // a station has it
 	Injected State = "injected" // it has its key
-	Failed   State = "failed"   // it has not; it may be handed out again, by its IMEI
+	Failed   State = "failed"   // it has no key; it may be handed out again, by its IMEI
 	Scrapped State = "scrapped" // it will never have one
-	Overdue  State = "overdue"  // it was handed out, and nobody said what became of it
+	Overdue  State = "overdue"  // it was handed out, and was not reported in time
 	Revoked  State = "revoked"  // its key was revoked before its turn came
 )
 
-// A RefusedError is what a station may not do, and why.
+// A RefusedError says what a station may not do, and why.
 type RefusedError struct{ Reason string }
 
 func (e *RefusedError) Error() string { return e.Reason }
@@ -67,12 +67,12 @@ type Options struct {
 	Verifier  *directory.Verifier
 	Timeout   time.Duration // after which a device that nobody reported is overdue
 	Line      string        // its name, for the wall screen
-	Stations  []string      // whom Handler serves as stations, by the common names of their certificates; nobody else
+	Stations  []string      // by the common names of their certificates; Handler hands devices to no others
 	Log       *slog.Logger
 }
 
-// A Desk hands devices out. All methods may be called concurrently. A station has one device at a time; to ask again is
-// to get the same one.
+// A Desk hands devices out. All methods may be called concurrently. A station has one device at a time; if it asks
+// again, it gets the same one.
 type Desk struct {
 	o        Options
 	reader   *directory.Reader
@@ -106,14 +106,14 @@ type device struct {
 	position, issue int
 }
 
-// handedOut measures time by the process's own clock, which nobody sets back.
+// handedOut measures time by the monotonic clock, which is never set back.
 type handedOut struct {
 	tries int
 	since time.Time
 }
 
-// Open opens the desk of a line. What stations had when the last process ended, they still
-// have, and their time begins anew.
+// Open opens the desk of a line. Stations keep the devices that they had when the last process ended, and their time
+// starts again.
 func Open(ctx context.Context, o Options) (*Desk, error) {
 	dir := filepath.Join(o.State, "station")
 	if err := durable.MkdirAll(dir, 0o700); err != nil {
@@ -153,7 +153,7 @@ func (d *Desk) Close() error {
 	return errors.Join(d.read.Close(), d.write.Close())
 }
 
-// to reads for an operation, which its errors name.
+// to makes a connection for an operation, which errors name.
 func (d *Desk) to(operation string) sqlconn.Conn {
 	return sqlconn.Conn{Operation: operation, DB: sqlconn.SQL{DB: d.read}}
 }
@@ -168,7 +168,7 @@ func (d *Desk) resume(ctx context.Context) error {
 	}, "SELECT lot, position, issue, tries FROM device WHERE state = ?", Out)
 }
 
-// watch finds what is overdue.
+// watch finds devices that are overdue.
 func (d *Desk) watch(ctx context.Context) {
 	tick := time.NewTicker(min(d.o.Timeout/4, 5*time.Second))
 	defer tick.Stop()
@@ -278,7 +278,7 @@ func (d *Desk) Next(ctx context.Context, station, name string) (*Ticket, error) 
 	}
 }
 
-// Named gives a station the device that it asks for by its IMEI.
+// Named gives a station the device with an IMEI.
 func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (*Ticket, error) {
 	l, err := d.lot(name)
 	if err != nil {
@@ -319,8 +319,8 @@ func (d *Desk) Named(ctx context.Context, station, name string, imei kme.IMEI) (
 	return t, nil
 }
 
-// Report puts down what became of the device that a station has: Injected, Failed or Scrapped. The same report again
-// changes nothing; one that comes late counts, unless the device was handed out once more.
+// Report notes what became of the device that a station has: Injected, Failed or Scrapped. The same report again
+// changes nothing. A late report counts, unless the device was handed out again.
 func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, state State, note string) error {
 	switch state {
 	case Injected, Failed, Scrapped:
@@ -425,8 +425,8 @@ func (d *Desk) free(ctx context.Context, l *lot) (at int, err error) {
 	return at, nil
 }
 
-// claim hands a device out that was not, or, if it was asked for by name, that failed or is overdue. It says whether it
-// did: somebody else may have been faster.
+// claim hands out a device that is waiting; if it was asked for by name, also one that failed or is overdue. It says
+// whether it did: another station may have been faster.
 func (d *Desk) claim(ctx context.Context, k device, station string, to State, named bool) (bool, error) {
 	reported := int64(0)
 	if to != Out {

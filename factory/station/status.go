@@ -26,7 +26,7 @@ type Status struct {
 	State       LineState  `json:"state"`
 	Last        *time.Time `json:"last"` // when a station last asked for a device or reported one; nil: never
 	Lots        []Counts   `json:"lots"`
-	Stations    []Work     `json:"stations"`     // whose devices went wrong most often in the last hour comes first
+	Stations    []Work     `json:"stations"`     // those with the most failures in the last hour come first
 	Hour        []Minute   `json:"hour"`         // the last 60 minutes, the oldest first
 	PerHour     float64    `json:"per_hour"`     // injected, by the last quarter of an hour
 	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0: not known
@@ -78,7 +78,7 @@ type Results struct {
 
 func (r Results) bad() int { return r.Failed + r.Scrapped + r.Overdue }
 
-// A Minute is one of the plot's.
+// A Minute is one of those in the plot.
 type Minute struct {
 	Start    time.Time `json:"start"`
 	Injected int       `json:"injected"`
@@ -122,7 +122,7 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 	}
 	at := map[string]int{}
 	for _, e := range entries {
-		if l, err := d.lot(e.Name()); err == nil { // what is no lot of ours is none of ours
+		if l, err := d.lot(e.Name()); err == nil { // other folders do not matter
 			at[l.Lot] = len(s.Lots)
 			s.Lots = append(s.Lots, Counts{Lot: l.Lot, Devices: l.Devices(), Ready: -1, Waiting: l.Devices()})
 		}
@@ -157,7 +157,7 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 	return err
 }
 
-// lineState says whether something happens. That a device became overdue is nothing that a station did.
+// lineState says whether the stations work. A device that becomes overdue is no work of a station.
 func (d *Desk) lineState(ctx context.Context, s *Status) error {
 	var at int64
 	found, err := d.to(counting).One(ctx, []any{&at},
@@ -177,7 +177,7 @@ func (d *Desk) lineState(ctx context.Context, s *Status) error {
 }
 
 // look finds how many devices of each lot are published and not revoked, but for those that were handed out and revoked
-// later, until ctx ends. The directory may be slow: nobody waits for it, and what was known stands meanwhile.
+// later, until ctx ends. The directory may be slow. Nobody waits for it; until it answers, the last counts stand.
 func (d *Desk) look(ctx context.Context) {
 	tick := time.NewTicker(5 * time.Second)
 	defer tick.Stop()
@@ -329,7 +329,7 @@ func (d *Desk) lastHour(ctx context.Context, s *Status) error {
 		if err := scan(&i, &state, &n); err != nil {
 			return err
 		}
-		i = min(max(i, 0), 59) // a clock that was set back has left steps of the future
+		i = min(max(i, 0), 59) // if the clock was set back, there are steps in the future
 		begun = min(begun, i)
 		m := &s.Hour[i]
 		if to, ok := map[State]*int{Injected: &m.Injected, Failed: &m.Failed, Scrapped: &m.Scrapped,
@@ -347,7 +347,7 @@ func (d *Desk) lastHour(ctx context.Context, s *Status) error {
 	return err
 }
 
-// A Line is a device's in the report of a lot.
+// A Line is a device's line in the report of a lot.
 type Line struct {
 	IMEI     kme.IMEI   `json:"imei"`
 	Issue    int        `json:"issue"` // 0: its first key; else its n-th new one
@@ -404,7 +404,7 @@ func Report(ctx context.Context, state string, m *directory.Manifest) iter.Seq2[
 	}
 }
 
-// errEnough: nobody asks for more lines.
+// errEnough: the caller wants no more lines.
 var errEnough = errors.New("enough")
 
 func waiting(m *directory.Manifest, from, to int, yield func(Line, error) bool) bool {

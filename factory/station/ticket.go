@@ -22,7 +22,7 @@ type Ticket struct {
 	Timeout   float64                `json:"report_within_seconds"`
 }
 
-// again is the ticket of a device that a station has. It is the key that it was handed, whatever came after.
+// again gives a station the ticket of the device that it has, with the same key as before, whatever came after.
 func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
 	have, t, err := d.ticket(ctx, l, k.position)
 	if err == nil && have.issue != k.issue {
@@ -35,11 +35,11 @@ func (d *Desk) again(ctx context.Context, l *lot, k device) (*Ticket, error) {
 	return t, err
 }
 
-type revokedError struct{ lot bool } // all of the lot is
+type revokedError struct{ lot bool } // the whole lot is revoked
 
 func (*revokedError) Error() string { return "the device is revoked" }
 
-// ticket is what a station needs of a device: the newest key that it was issued, which must be the published one.
+// ticket makes the ticket of a device, with its newest key, which must be the published one.
 func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, error) {
 	imei, k := l.IMEI(at), device{lot: l.Lot, position: at}
 	published, err := d.reader.Device(ctx, l.Manifest, imei)
@@ -62,8 +62,8 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 	}, nil
 }
 
-// line is a device's in its injection package, which must have this SHA-256. The package of the shard last asked for is
-// kept.
+// line gives a device's line of its injection package, which must have this SHA-256. It caches the package of the last
+// shard.
 func (d *Desk) line(l *lot, at, issue int, hash []byte) (line handover.InjectionLine, err error) {
 	dir, imei := filepath.Join(d.o.Injection, l.Lot), l.IMEI(at)
 	another := func(path string) error { return fmt.Errorf("%s is not the package of the published key", path) }

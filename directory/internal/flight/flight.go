@@ -1,4 +1,4 @@
-// Package flight bounds what waits for a store that is slow or silent.
+// Package flight limits how many callers wait for a slow or silent store, and for how long.
 package flight
 
 import (
@@ -13,18 +13,18 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// A Group is the reads from one store. Its exported fields are set before the first call.
+// A Group has the reads from one store. Its exported fields are set before the first call.
 type Group struct {
 	Timeout     time.Duration // of a read, and of a caller that waits
 	Most        int           // callers that wait at a time, and reads that have not ended
-	Unavailable error         // is wrapped by the error of whatever a limit ends
+	Unavailable error         // is wrapped by the errors of the limits
 
 	flights singleflight.Group
 	waiting atomic.Int64
 	reading atomic.Int64
 }
 
-// Wait admits a caller, until it calls done. The context that it gets ends after Timeout.
+// Wait admits a caller until done is called. Its context ends after Timeout.
 func (g *Group) Wait(ctx context.Context) (short context.Context, done func(), err error) {
 	if n := g.waiting.Add(1); n > int64(g.Most) {
 		g.waiting.Add(-1)
@@ -34,8 +34,8 @@ func (g *Group) Wait(ctx context.Context) (short context.Context, done func(), e
 	return short, func() { cancel(); g.waiting.Add(-1) }, nil
 }
 
-// Read admits a read, until it calls done. Some stores, a file system over a network, cannot be told to give one up: it
-// stays, and those who waited for it do not.
+// Read admits a read until done is called. Some stores, such as a network file system, cannot interrupt a read: then
+// the read stays, and its callers give up.
 func (g *Group) Read() (done func(), err error) {
 	done = func() { g.reading.Add(-1) }
 	if n := g.reading.Add(1); n > int64(g.Most) {
@@ -45,11 +45,11 @@ func (g *Group) Read() (done func(), err error) {
 	return done, nil
 }
 
-// Do runs f once for all who ask for key at a time, for Timeout at most if f heeds its context. A caller whose context
-// ends stops waiting, and the others do not suffer.
+// Do runs f once for all callers that ask for the same key at the same time, for Timeout at most if f respects its
+// context. A caller whose context ends stops waiting; the others go on.
 func Do[T any](ctx context.Context, g *Group, key string, f func(context.Context) (T, error)) (T, error) {
 	result := g.flights.DoChan(key, func() (got any, err error) {
-		defer panics.Recover(&err) // the group's goroutine has it end the process
+		defer panics.Recover(&err) // on singleflight's goroutine, it would end the process
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), g.Timeout)
 		defer cancel()
 		return f(ctx)

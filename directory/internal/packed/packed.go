@@ -1,4 +1,4 @@
-// Package packed keeps device keys in the memory that they need.
+// Package packed keeps device keys in as little memory as possible.
 package packed
 
 import (
@@ -12,8 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Key makes the fewest bytes of a device key that CheckDevice of its suite has passed: the point without its prefix, or
-// the modulus.
+// Key packs a device key that CheckDevice of its suite has accepted: the point without its prefix, or the modulus.
 func Key(key crypto.PublicKey) []byte {
 	switch k := key.(type) {
 	case *ecdsa.PublicKey:
@@ -26,7 +25,7 @@ func Key(key crypto.PublicKey) []byte {
 	return nil
 }
 
-// Keys are packed keys of one suite in a row, all of one size.
+// Keys are packed keys of one suite, one after the other, all of the same size.
 type Keys struct {
 	row  []byte
 	size int // bytes a key
