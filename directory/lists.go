@@ -18,9 +18,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Memory keeps a mark of the last list of revoked devices of each lot, durably. Other processes may share it. It also
-// has a copy of the list, for a directory that shows none, or an earlier one, after a restart. The mark says whether
-// the copy is good.
+// A Memory keeps a mark of the last list of revoked devices of each lot, durably, and a copy of the list for the time
+// after a restart. The mark says whether the copy is good. Other processes may share it.
 type Memory interface {
 	Last(ctx context.Context, lot string) (mark ListMark, found bool, err error)
 	Note(ctx context.Context, lot string, mark ListMark) error
@@ -85,9 +84,8 @@ type revocationList struct {
 	err     error // of the last try, or that the list is late
 }
 
-// Follow reads the lists of revoked devices of these lots now and every RevocationTTL, in the background. So no lookup
-// waits for a list that was read before. It replaces an earlier Follow, and goes on until the next one; without lots it
-// ends.
+// Follow reads the lists of revoked devices of these lots now and every RevocationTTL, in the background. It replaces
+// an earlier Follow, and goes on until the next one; without lots it ends.
 func (r *Reader) Follow(lots []*Manifest) {
 	ctx, cancel := context.WithCancel(context.Background())
 	r.mu.Lock()

@@ -86,8 +86,8 @@ type Revocation struct {
 	Package strict.Base64 `json:"package,omitempty"` // with Key: SHA-256 of its injection package
 }
 
-// revocationPart is how many devices share a part. What one more revocation rewrites grows with it. At this value, the
-// list of a lot of a million devices, with revocations in every part, has 350 kB.
+// revocationPart is how many devices share a part, which one more revocation rewrites. With this value, the list of a
+// lot of a million devices has 350 kB if all parts have revocations.
 const revocationPart = 1024
 
 // RevocationsPath, RevocationPartPath and RevocationPartsPath are the paths of a lot's revocations in a store.

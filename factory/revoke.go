@@ -47,7 +47,7 @@ func (l *Line) Revocations(ctx context.Context, m *directory.Manifest) (*directo
 // A Loss is what is said before devices are revoked, and the name to type as a confirmation.
 type Loss struct{ Says, Name string }
 
-// RevocationLoss says what is lost when devices of a lot are revoked, or the whole lot if none is named; nil if they are
+// RevocationLoss says what is lost when devices of a lot are revoked, or without any the whole lot; nil if they are
 // revoked already. It fails if a device is not in the lot.
 func (l *Line) RevocationLoss(ctx context.Context, lot string, imeis []kme.IMEI) (*Loss, error) {
 	m, err := l.Lot(ctx, lot)
