@@ -1,5 +1,5 @@
-// Package directory is the public-key directory: the signed objects in it, the interface of the stores that keep them,
-// and the reader that verifies them all.
+// Package directory is the public-key directory: signed objects, the interface of their stores, and a reader that
+// verifies all.
 //
 // Every object is a compact JWS (RFC 7515, ES256) by the manufacturer's key, which readers pin. So whoever runs a store
 // can lose or withhold objects, but not change them.

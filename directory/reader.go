@@ -29,7 +29,7 @@ type ReaderOptions struct {
 	Waiting       int           // lookups that wait for the store at a time, 128; more fail at once
 
 	// MaxAge is for how long a list of revoked devices stays in use that cannot be read again, or is past its
-	// next_update. After that, lookups of the lot's devices fail. 0: for ever.
+	// next_update; then lookups of the lot's devices fail. 0: for ever.
 	MaxAge time.Duration
 
 	// Memory keeps the last good list of each lot across restarts; may be nil.
@@ -160,8 +160,7 @@ func (r *Reader) Cached(m *Manifest, imei kme.IMEI) (d Device, ok bool, err erro
 	return d, true, err
 }
 
-// Fetch is Device if Cached does not have it. It waits for the store for ReadTimeout at most. If as many callers as
-// Waiting says wait already, it fails at once.
+// Fetch is Device without Cached. It waits for ReadTimeout at most, and fails at once if Waiting callers wait already.
 func (r *Reader) Fetch(ctx context.Context, m *Manifest, imei kme.IMEI) (Device, error) {
 	position, err := position(m, imei)
 	if err != nil {

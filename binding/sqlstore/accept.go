@@ -45,8 +45,7 @@ func (s *Store) Accept(ctx context.Context, mark *binding.Mark, a binding.Accept
 	return accepted, nil
 }
 
-// followLedger makes rows what the ledger says last, which has been given lines that these rows do not know of; or
-// revokes them.
+// followLedger updates rows after lines were added to the ledger: they become what the last line says, or are revoked.
 func (s *Store) followLedger(
 	ctx context.Context, tx *txn, a binding.Acceptance, refused map[string]int, done *binding.Accepted,
 ) (err error) {
@@ -74,7 +73,7 @@ func (s *Store) followLedger(
 	return err
 }
 
-// follow is followLedger for the lines about one subject, in their order.
+// follow is followLedger for the lines about one subject, in order.
 func (s *Store) follow(
 	ctx context.Context, tx *txn, lines []binding.Line, refused bool, now time.Time,
 ) (*binding.Change, error) {
@@ -96,16 +95,16 @@ func (s *Store) follow(
 	return s.followSubscription(ctx, tx, imsi, lines, refused, now)
 }
 
-// followSubscription keeps what is bound where that is still what the ledger says. A pending binding that has become
-// active since is made so. Else the binding that the ledger says is lost, or was revoked: what there is is revoked.
-// refused says that a line is not in the ledger: see putBack.
+// followSubscription keeps a binding that is still what the ledger says, and activates a pending one that has become
+// active. Otherwise the ledger's binding is lost, or was revoked: then it revokes what there is. refused says that a
+// line is not in the ledger: see putBack.
 func (s *Store) followSubscription(
 	ctx context.Context, tx *txn, imsi kme.IMSI, lines []binding.Line, refused bool, now time.Time,
 ) (*binding.Change, error) {
 	s.recent.Forget(imsi.String())
 	last := lines[len(lines)-1]
 	change := &binding.Change{Subject: imsi.String(), IMEI: last.IMEI, Event: last.Event, ToDo: toDo[last.Event]}
-	replaced := false // by a KME that is lost, before the last decision
+	replaced := false // a later KME, which is lost, has replaced it
 	for i, l := range lines {
 		switch l.Event {
 		case binding.EventActivated, binding.EventRevoked:
@@ -186,15 +185,15 @@ func (s *Store) followSubscription(
 	return change, nil
 }
 
-// toDo is what an administrator has to do where the last that was decided about a subscription is lost.
+// toDo is what an administrator must do if the last decision about a subscription is lost.
 var toDo = map[binding.Event]string{
 	binding.EventOpened: "keysvc binding open, if it is still to be bound to another device",
 	binding.EventEstablished: "its last KME is lost, before the device had shown it: the device has to send another " +
 		"one",
 }
 
-// followVerdict gives the row of a manufacturer or a lot the last verdict, which has its columns from a place on. One
-// that has no row is forgotten.
+// followVerdict gives the row of a manufacturer or a lot its last verdict, whose columns begin at a place. One without
+// a row is forgotten.
 func (s *Store) followVerdict(
 	ctx context.Context, tx *txn, t *tables.Table, verdictAt int, again string, lines []binding.Line, key ...any,
 ) (*binding.Change, error) {
@@ -210,7 +209,7 @@ func (s *Store) followVerdict(
 		return nil
 	}, "WHERE "+strings.Join(where, " AND "), key...)
 	switch {
-	case tables.IsDamaged(err): // nothing of it is believed, so that nothing is made of it either
+	case tables.IsDamaged(err): // it is not trusted, so nothing is made of it
 		change.Now = "DAMAGED"
 		change.ToDo = "its row was changed by somebody else: bring back a backup of the store in which it is whole"
 		return change, nil
@@ -236,7 +235,7 @@ func (s *Store) followVerdict(
 	return change, s.macs.Put(ctx, tx.Conn, t, own...)
 }
 
-// followListing makes an entry of the operator's list of devices what the ledger says of it.
+// followListing makes an entry of the operator's list what the ledger says.
 func (s *Store) followListing(
 	ctx context.Context, tx *txn, last binding.Line, prefix string,
 ) (*binding.Change, error) {
@@ -253,7 +252,7 @@ func (s *Store) followListing(
 		before+1, last.Seq)
 }
 
-// revokeUnknown revokes what is bound by chains of which something is not known.
+// revokeUnknown revokes the bindings of chains with unknown entries.
 func (s *Store) revokeUnknown(
 	ctx context.Context, tx *txn, m *binding.Missing, now time.Time,
 ) (revoked []string, err error) {
@@ -263,7 +262,7 @@ func (s *Store) revokeUnknown(
 			page = append(page, "")
 			return scan(&page[len(page)-1])
 		}, `SELECT DISTINCT imsi FROM bindings WHERE imsi > $1 AND state <> 'REVOKED' ORDER BY imsi LIMIT 1000`, after)
-		// SQLite sorts a BLOB, which the service did not write, behind all texts, and would give it for ever.
+		// SQLite sorts a BLOB, which the service did not write, behind all texts, and would return it for ever.
 		if err != nil || len(page) == 0 || page[len(page)-1] <= after {
 			return revoked, err
 		}
@@ -271,7 +270,7 @@ func (s *Store) revokeUnknown(
 			after = text
 			imsi, err := kme.ParseIMSI(text)
 			if err != nil || m.Unknown[ledger.ChainOf(text)] == 0 {
-				continue // where it is none, the service did not write the row
+				continue // if it is no IMSI, the service did not write the row
 			}
 			s.recent.Forget(text)
 			if _, err := s.revoke(ctx, tx, imsi, now); err != nil {

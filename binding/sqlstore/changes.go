@@ -22,8 +22,8 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	if err := s.chains.Refusal(); err != nil {
 		return d, err
 	}
-	// Whoever has vectors Ready has read the pending binding, and will be noted in it: that reads it again, or knows
-	// what it would read.
+	// A caller whose vectors are Ready has read the pending binding, and will be noted in it. That change reads it
+	// again.
 	if q.Ready == "" {
 		if d, changes, err := s.prepared(ctx, q); !changes || err != nil {
 			return d, err
@@ -32,8 +32,8 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	return s.prepare(ctx, q)
 }
 
-// prepared is Prepare without vectors that are Ready, where that changes nothing that is stored of a subscription;
-// changes says that it does.
+// prepared is Prepare without vectors that are Ready, if that changes nothing that is stored. changes says that it
+// would.
 func (s *Store) prepared(
 	ctx context.Context, q binding.VectorRequest,
 ) (d binding.Decision, changes bool, err error) {
@@ -42,7 +42,7 @@ func (s *Store) prepared(
 		if err != nil || !spent {
 			return binding.Decision{Binding: b}, false, err
 		}
-		// It may leave if somebody else has ended the binding meanwhile: nothing finds that out later.
+		// If the binding was ended meanwhile, the vector may leave all the same.
 	}
 	sub, err := s.current(ctx, "prepare", q.IMSI, q.Now, q.RANDs...)
 	if err != nil {
@@ -51,8 +51,8 @@ func (s *Store) prepared(
 	_, opened := sub.Opened(q.Origin)
 	b := sub.Under(q.Origin.Name)
 	// Nearly every vector is for an active binding: it changes nothing and needs no lock. Nor does a vector for a
-	// pending one that the HSM has not made yet. An attempt that is not opened needs no lock either: whatever closes
-	// it, also at the same time, makes its MAC another one.
+	// pending one that the HSM has not made yet, nor an attempt that is not opened: what closes it, also at the same
+	// time, changes its MAC.
 	switch told := b != nil && len(b.Sent) < q.PendingVectors; {
 	case opened || sub.Expired != nil && b == nil:
 	case b == nil && q.Origin.Provisioning == binding.Allowed:
@@ -73,7 +73,7 @@ func (s *Store) prepared(
 
 // prepare is Prepare in a change.
 func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding.Decision, err error) {
-	var refused error // what has ended has ended, refused or not
+	var refused error // bindings that have ended stay ended, refused or not
 	err = s.change(ctx, "prepare", q.IMSI.String(), func(ctx context.Context, tx *txn) (err error) {
 		d, refused = binding.Decision{}, nil
 		sub, err := s.again(ctx, tx, q)
@@ -121,9 +121,8 @@ func (s *Store) prepare(ctx context.Context, q binding.VectorRequest) (d binding
 	return d, refused
 }
 
-// again is what is stored inside a change, for what was asked before it. What is recent tells no spent RAND. When
-// vectors are ready, that was asked before they were made: one that leaves in clear since then is as one that leaves
-// later.
+// again reads inside a change what was read before it. It does not check for spent RANDs if vectors are ready: that was
+// done before they were made, and a RAND that was sent in clear since then counts as a later one.
 func (s *Store) again(ctx context.Context, tx *txn, q binding.VectorRequest) (*subscription.Stored, error) {
 	if tx.known != nil && q.Ready != "" {
 		return tx.known.At(q.Now), nil
@@ -135,9 +134,9 @@ func dropPending(ctx context.Context, tx *txn, imsi kme.IMSI) error {
 	return tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1 AND state = 'PENDING'`, imsi.String())
 }
 
-// issue makes an attempt that is in no row: its id has the time when it expires, and a MAC. That is also over the last
-// entry of the ledger which has closed the attempts before it, so that the next such entry closes this one; and over
-// the mark's epoch, so that none outlives accept-rollback.
+// issue makes an attempt that is in no row: its id has the time of its end, and a MAC. The MAC also covers the last
+// entry of the ledger that has closed attempts, so that the next such entry closes this one; and the mark's epoch, so
+// that none outlives accept-rollback.
 func (s *Store) issue(sub *subscription.Stored, q binding.VectorRequest) *binding.Attempt {
 	a := &binding.Attempt{IMSI: q.IMSI, Origin: q.Origin.Name,
 		Expires: tables.Time(q.Now.Add(q.AttemptTTL).UnixMilli())}
@@ -153,7 +152,7 @@ func (s *Store) issuedID(sub *subscription.Stored, a *binding.Attempt) string {
 	return base64.RawURLEncoding.EncodeToString(id)
 }
 
-// attempt is the open attempt of an id that is an origin's, opened or issued; nil if there is none.
+// attempt is an origin's open attempt with an id, opened or issued; nil if there is none.
 func (s *Store) attempt(
 	sub *subscription.Stored, imsi kme.IMSI, o kme.Origin, id string, now time.Time,
 ) *binding.Attempt {
@@ -187,7 +186,7 @@ func (s *Store) Attempt(
 	return nil, binding.ErrNoAttempt
 }
 
-// within gives the attempt of an origin in an administrator's, which is open until then.
+// within gives an origin's attempt within an administrator's, which is open until then.
 func (s *Store) within(
 	ctx context.Context, tx *txn, sub *subscription.Stored, q binding.VectorRequest, until time.Time,
 ) (*binding.Attempt, error) {
@@ -198,7 +197,7 @@ func (s *Store) within(
 	return a, s.addAttempt(ctx, tx, *a, sub.Last.Closed)
 }
 
-// spend notes RANDs that leave in clear.
+// spend notes RANDs that are sent in clear.
 func (s *Store) spend(ctx context.Context, tx *txn, q binding.VectorRequest) error {
 	imsi := q.IMSI.String()
 	for _, r := range q.RANDs {
@@ -259,8 +258,8 @@ func (s *Store) Establish(ctx context.Context, b *binding.Binding, tag []byte, g
 		case sub.Active != nil && !a.Opened:
 			return binding.ErrBound
 		}
-		// Asked for a good KME too, although the entry itself would find it: on PostgreSQL a statement that fails
-		// has the whole batch made again, which takes longer.
+		// This is asked for good KMEs, too, although the insert would find it: on PostgreSQL, a failed statement makes
+		// the whole batch run again.
 		if err := ledger.Used(ctx, tx.Conn, of); err != nil {
 			return err
 		}
@@ -288,8 +287,8 @@ func (s *Store) Settle(ctx context.Context) error {
 	return s.settle(ctx)
 }
 
-// settle waits for a commit of its own. After a failover, that may be another server's than what was read before it:
-// whoever relies on what was read reads it again.
+// settle waits for a commit of its own. After a failover, another server may have made it: so callers read again what
+// they rely on.
 func (s *Store) settle(ctx context.Context) error {
 	if !s.recent.OnlyHints {
 		return s.chains.Reads("settle").Named(s.inPlace())
@@ -297,7 +296,7 @@ func (s *Store) settle(ctx context.Context) error {
 	return s.transaction(ctx, "settle", "settle", s.confirm)
 }
 
-// confirm has the commit of a transaction that changes nothing write to the log: PostgreSQL confirms that after all
+// confirm commits a transaction that writes to the log and changes nothing: PostgreSQL confirms that after everything
 // that it has shown. SQLite shows a change only when it is on the disk.
 func (s *Store) confirm(ctx context.Context, tx *txn) error {
 	if !s.recent.OnlyHints {
@@ -347,7 +346,7 @@ func bound(sub *binding.Subscription) (*binding.Subscription, error) {
 	return sub, nil
 }
 
-// end makes the pending binding the active one, and drops those before it; or drops it.
+// end makes the pending binding the active one and drops earlier ones; or drops it.
 func (s *Store) end(ctx context.Context, tx *txn, sub *binding.Subscription, ok bool, now time.Time) error {
 	b, others := sub.Pending, sub.Active != nil || sub.Revoked != nil
 	sub.Pending = nil
@@ -382,11 +381,11 @@ func (s *Store) Revoke(ctx context.Context, imsi kme.IMSI, now time.Time) (b *bi
 	return b, nil
 }
 
-// revoke is Revoke in a change, and gives nil where nothing was ever bound.
+// revoke is Revoke in a change. It gives nil if nothing was ever bound.
 func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (b *binding.Binding, err error) {
 	sub, err := s.toChange(ctx, tx, imsi, now)
 	switch {
-	case tables.IsDamaged(err): // which ends so too
+	case tables.IsDamaged(err): // damaged rows are ended, too
 		if b, err = s.lastDevice(ctx, tx.Conn, imsi); err == nil {
 			err = tx.Do(ctx, `DELETE FROM bindings WHERE imsi = $1`, imsi.String())
 		}
@@ -401,7 +400,7 @@ func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Tim
 	if err := dropAttempts(ctx, tx, imsi); err != nil {
 		return nil, err
 	}
-	if b == nil || b.State == binding.Revoked { // what else there is has expired
+	if b == nil || b.State == binding.Revoked { // other rows have expired
 		if err := dropPending(ctx, tx, imsi); err != nil {
 			return nil, err
 		}
@@ -411,7 +410,7 @@ func (s *Store) revoke(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Tim
 	return b, s.endAsRevoked(ctx, tx, b, now)
 }
 
-// endAsRevoked makes a binding the only one of its IMSI, and revoked.
+// endAsRevoked makes a binding revoked, and the only one of its IMSI.
 func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, now time.Time) error {
 	b.State, b.Revoked, b.Sealed, b.Expires, b.Sent = binding.Revoked, tables.Time(now.UnixMilli()), []byte{},
 		time.Time{}, nil
@@ -425,7 +424,7 @@ func (s *Store) endAsRevoked(ctx context.Context, tx *txn, b *binding.Binding, n
 	return s.macs.Add(ctx, tx.Conn, tables.Bindings, tables.OfBinding(b, seq)...)
 }
 
-// lastDevice is what the ledger knows of an IMSI whose rows are damaged: the device that it was bound to last.
+// lastDevice is the device that an IMSI was last bound to, by the ledger: its rows are damaged.
 func (s *Store) lastDevice(ctx context.Context, q sqlconn.Conn, imsi kme.IMSI) (b *binding.Binding, err error) {
 	err = s.chains.Each(ctx, q, func(e binding.Entry) error {
 		var imei kme.IMEI
@@ -449,14 +448,13 @@ func (s *Store) Bound(ctx context.Context, manufacturer, lot string, now time.Ti
 	return n, err
 }
 
-// countBindings reads no column that is in no index, but of the few that are pending.
+// countBindings reads only columns in an index, except for the few pending bindings.
 const countBindings = `WITH pending AS MATERIALIZED (SELECT imsi FROM bindings WHERE state = 'PENDING')
 	SELECT COUNT(*) FILTER (WHERE state = 'ACTIVE'), COUNT(*) FILTER (WHERE state = 'REVOKED'), (SELECT COUNT(*)
 		FROM pending AS p JOIN bindings AS b ON b.imsi = p.imsi AND b.state = 'PENDING' AND b.expires_at > $1)
 	FROM bindings`
 
-// Count is how many bindings there are in each state; of pending ones, those that have not expired. It reads an index
-// of all bindings twice: see TestCountByIndex.
+// Count counts the bindings in each state, without expired ones. It reads an index twice: see TestCountByIndex.
 func (s *Store) Count(ctx context.Context, now time.Time) (map[binding.State]int64, error) {
 	q, err := s.chains.Reading("count bindings")
 	if err != nil {

@@ -15,9 +15,8 @@ import (
 // ErrNotEmpty: the store to copy to has something in it already.
 var ErrNotEmpty = errors.New("the store to copy to is not empty: give it a new database")
 
-// Copy copies everything to an empty store, in one transaction: it has all of it, or nothing. Rows keep their MACs, and
-// are verified on their way; to has an entry more in its ledger then, which says so. Nobody may be changing s
-// meanwhile. report is called with the rows copied so far.
+// Copy copies everything to an empty store, in one transaction. Rows keep their MACs, which it verifies; to gets one
+// more entry in its ledger, which says so. Nothing may change s meanwhile. report is told the number of rows so far.
 func (s *Store) Copy(ctx context.Context, to *Store, report func(rows int)) (rows int, err error) {
 	from, err := s.chains.Reading("copy")
 	if err != nil {

@@ -58,7 +58,7 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 				return err
 			}
 		}
-		if changed == 0 { // it was listed before, maybe by a change that has failed
+		if changed == 0 { // it was listed before, maybe by a change with an unknown result
 			return s.confirm(ctx, tx)
 		}
 		return nil
@@ -66,7 +66,7 @@ func (s *Store) List(ctx context.Context, all []binding.Listing) (changed int, e
 	return changed, err
 }
 
-// listing is the entry of a prefix, the last one that the ledger speaks of; the zero one if there never was one.
+// listing is the entry of a prefix, compared with the ledger; the zero entry if there never was one.
 func (s *Store) listing(ctx context.Context, tx *txn, prefix string) (l binding.Listing, err error) {
 	var have, want int64
 	err = s.macs.Each(ctx, tx.Conn, tables.Equipment, func(r tables.Row) error {

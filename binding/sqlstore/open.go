@@ -27,12 +27,12 @@ var (
 	//go:embed equipment.sql
 	equipmentSchema string
 
-	// known is the schema of SQLite and PostgreSQL alike. The release before works beside this one: see
-	// docs/decisions/0050-upgrades.md for what a migration may be.
+	// known is the schema of both databases. The release before must work beside this one:
+	// docs/decisions/0050-upgrades.md says what a migration may do.
 	known = sqlconn.Schema{Migrations: []string{schema, equipmentSchema}, Least: 2}
 )
 
-// CheckName refuses what is no name of a store. Its error has no password.
+// CheckName refuses a text that is no store's name. Its error has no password.
 func CheckName(name string) error {
 	for _, kind := range []string{"sqlite:", "postgres://", "postgresql://"} {
 		if where, ok := strings.CutPrefix(name, kind); ok && where != "" {
@@ -51,12 +51,10 @@ func CheckConnection(name string) error {
 	return postgres.Check(name)
 }
 
-// Open opens the store that name stands for, or makes it: sqlite:PATH, or a connection string of PostgreSQL,
-// postgres://USER@HOST/DATABASE?sslmode=verify-full. A password for that is better in PGPASSFILE than in the string.
-// Tables in PostgreSQL are made by the role that owns them: see Upgrade.
+// Open opens a store, or makes it: sqlite:PATH, or postgres://USER@HOST/DATABASE?sslmode=verify-full. Keep a password
+// in PGPASSFILE, not in the name. Tables in PostgreSQL are made by their owner: see Upgrade.
 //
-// key is that of the rows' MACs, hsmkeys' Derive for RowKey: a store that was written under another one is damaged.
-// It is copied.
+// key is that of the rows' MACs, Derive of hsmkeys for RowKey: with another key, a store is damaged. It is copied.
 func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	if err := CheckName(name); err != nil {
 		return nil, err
@@ -79,8 +77,7 @@ func Open(ctx context.Context, name string, key kme.Secret) (*Store, error) {
 	return s, nil
 }
 
-// Look says whether there is a store that name stands for, and fails if this release cannot work with it. It changes
-// nothing, and makes none.
+// Look says whether a store exists, and fails if this release cannot work with it. It changes nothing.
 func Look(ctx context.Context, name string) (there bool, err error) {
 	if err := CheckName(name); err != nil {
 		return false, err
@@ -123,7 +120,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 	}
 	s.read, s.close, s.soon, s.recent = read, write.Close, write.Soon, new(subscription.Recent)
 	s.lookUp = sqlconn.NewBrief(read)
-	// SQLite has one writer at a time: what must not happen at once does not.
+	// SQLite has one writer at a time, so it needs no locks.
 	s.begin = func(ctx context.Context, key string, f begun) error {
 		return write.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
 			known := s.recent.Begin(tx.Version, key)
@@ -165,8 +162,8 @@ func (s *Store) openPostgres(ctx context.Context, name string) error {
 	return nil
 }
 
-// Two roles of PostgreSQL: the owner of the tables makes and changes them; the service's own may do what it has to,
-// and neither change nor remove an entry of the ledger.
+// Two roles of PostgreSQL: the owner makes and changes the tables; the service's role can neither change nor remove an
+// entry of the ledger.
 var rights = postgres.Rights{
 	On: map[string]string{
 		"schema_version": "SELECT",
@@ -183,9 +180,9 @@ var rights = postgres.Rights{
 	AppendOnly: []string{"ledger", "spent_rands"},
 }
 
-// Upgrade makes the tables of a PostgreSQL database, or brings them up to date, as the role that owns them, and
-// grants the service's role what it needs of them, and no more. A role that could change the ledger all the same is
-// refused, and nothing is changed then.
+// Upgrade makes the tables of a PostgreSQL database, or brings them up to date, as their owner, and grants the
+// service's role only what it needs. It refuses a role that could change the ledger all the same, and changes nothing
+// then.
 func Upgrade(ctx context.Context, name, role string) error {
 	if err := CheckName(name); err != nil {
 		return err
@@ -196,10 +193,9 @@ func Upgrade(ctx context.Context, name, role string) error {
 	return postgres.Upgrade(ctx, name, role, rights, known)
 }
 
-// Warnings says what of the database is not as it should be for a service: a role that could change or remove what is
-// in the ledger, or in the table of spent RANDs; and standbys that could miss what was confirmed. The row MACs and the
-// high-water mark show that afterwards; a role of its own, and a synchronous standby, prevent it. And that a newer
-// release has upgraded it; it is an error if this one cannot work with it any more.
+// Warnings says what is wrong with a service's database: a role that could change or remove entries of the ledger or
+// spent RANDs; standbys that could miss what was confirmed; an upgrade by a newer release. It is an error if this
+// release cannot work with it any more.
 func (s *Store) Warnings(ctx context.Context) ([]string, error) {
 	warnings, err := s.warnings(ctx)
 	var number int

@@ -40,7 +40,7 @@ func lotValues(l *registry.Lot, seq int64) []any {
 		verdictValues(l.Retired), []any{seq})
 }
 
-// registry is settled for what nobody is given while the ledger is rolled back.
+// registry is settled, and refuses while the ledger is rolled back.
 func (s *Store) registry(ctx context.Context, f func(sqlconn.Conn) error) error {
 	if err := s.chains.Refusal(); err != nil {
 		return err
@@ -88,7 +88,7 @@ func (s *Store) Manufacturers(ctx context.Context) (all []*registry.Manufacturer
 	return all, err
 }
 
-// manufacturers are all, each the one that its own key names.
+// manufacturers gives all. It verifies that each is the one that its key names.
 func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*registry.Manufacturer, err error) {
 	found := map[string]int64{}
 	err = s.macs.Each(ctx, q, tables.Manufacturers, func(r tables.Row) error {
@@ -120,7 +120,7 @@ func (s *Store) manufacturers(ctx context.Context, q sqlconn.Conn) (all []*regis
 	return all, err
 }
 
-// same fails unless rows are all that the ledger speaks of, and each is the last one.
+// same fails unless there is a row for each subject of the ledger, and each is the last one.
 func (s *Store) same(
 	ctx context.Context, q sqlconn.Conn, t *tables.Table, found map[string]int64, subject string,
 ) error {
@@ -155,7 +155,7 @@ func (s *Store) Decide(ctx context.Context, manufacturer, lot string, v registry
 		}
 		enter := func(was *registry.Verdict, withdraw, restore binding.Event, subject string,
 			write func(seq int64) error) error {
-			if stands = *was; was.Withdrawn == v.Withdrawn { // maybe by a change that has failed
+			if stands = *was; was.Withdrawn == v.Withdrawn { // maybe by a change with an unknown result
 				return s.confirm(ctx, tx)
 			}
 			if err := check(all); err != nil {
@@ -224,7 +224,7 @@ func (s *Store) Lots(ctx context.Context) (all []*registry.Lot, err error) {
 	return all, err
 }
 
-// imported are all lots, whatever their manufacturers.
+// imported gives all lots.
 func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*registry.Lot, error) {
 	makers, err := s.manufacturers(ctx, q)
 	if err != nil {
@@ -233,7 +233,7 @@ func (s *Store) imported(ctx context.Context, q sqlconn.Conn) ([]*registry.Lot, 
 	return s.lots(ctx, q, makers)
 }
 
-// lots are all, each as its manufacturer has signed it.
+// lots gives all, with their verified manifests.
 func (s *Store) lots(
 	ctx context.Context, q sqlconn.Conn, makers []*registry.Manufacturer,
 ) (all []*registry.Lot, err error) {
@@ -264,7 +264,7 @@ func (s *Store) lots(
 	return all, err
 }
 
-// manifest is what a manufacturer has signed, which is verified once: /readyz reads all lots, too.
+// manifest gives a verified manifest. It verifies each once: /readyz reads all lots, too.
 func (s *Store) manifest(v *directory.Verifier, lot, jws string) (*directory.Manifest, error) {
 	key := sha256.Sum256([]byte(v.KeyID() + "\n" + lot + "\n" + jws))
 	if known, ok := s.manifests.Load(key); ok {

@@ -17,7 +17,7 @@ func (s *Store) CountSealed(ctx context.Context, below []byte) (n int, err error
 	if err != nil {
 		return 0, err
 	}
-	// Of all rows, not of those that say so: a storage key is destroyed when none is left under it.
+	// It counts all rows, whatever their state: a storage key is destroyed when none is left under it.
 	err = s.macs.Each(ctx, q, tables.Bindings, func(r tables.Row) error {
 		if r.Text(1) != string(binding.Revoked) && bytes.Compare(r.Bytes(6), below) < 0 {
 			n++

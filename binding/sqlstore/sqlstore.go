@@ -1,6 +1,6 @@
 // Package sqlstore keeps the service's state: in SQLite, the embedded default, or in PostgreSQL, for several instances.
 //
-// Both get the same statements: SQLite takes $1 as PostgreSQL does, if parameters first appear in their order.
+// Both get the same statements: SQLite takes $1, too, if parameters appear in order.
 package sqlstore
 
 import (
@@ -43,7 +43,7 @@ type Store struct {
 	manifests sync.Map // of lots, by what is verified: see manifest
 }
 
-// begun makes a change in a transaction of which these heads are known, and of the change's key this.
+// begun makes a change in a transaction. h and known are the heads and the rows of the key, as far as they are known.
 type begun = func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads, known *subscription.Stored) error
 
 var (
@@ -63,7 +63,7 @@ func (s *Store) Close() error {
 
 func (s *Store) Soon() (done func()) { return s.soon() }
 
-// Ping says whether the store can be read. (The driver of SQLite says of every open database that it can.)
+// Ping says whether the store can be read. (SQLite's driver would say so of every open database.)
 func (s *Store) Ping(ctx context.Context) error {
 	var n int
 	_, err := s.chains.Reads("ping").One(ctx, []any{&n}, "SELECT COUNT(*) FROM manufacturers")

@@ -60,14 +60,14 @@ func (s *Store) Bindings(ctx context.Context, q binding.BindingQuery) (all []*bi
 	return all, nil
 }
 
-// everBound gives IMSIs that were ever bound, to a device if the query names one. The ledger knows them: a row that is
-// gone, or was edited, would not be missed.
+// everBound gives IMSIs that were ever bound, to a device if the query names one. It asks the ledger, so a missing or
+// changed row is noticed.
 func everBound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, limit int) (all []kme.IMSI, err error) {
 	var args []any
 	arg := func(v any) string { args = append(args, v); return fmt.Sprint("$", len(args)) }
 	begins := func(prefixes []string) string {
 		any := []string{"1 = 0"}
-		for _, p := range prefixes { // as numbers of 15 digits: that is so in every collation of a database
+		for _, p := range prefixes { // of 15 digits: their order is the same in every collation
 			any = append(any, "subject BETWEEN "+arg(p)+" AND "+arg(p+strings.Repeat("9", 15-len(p))))
 		}
 		return "(" + strings.Join(any, " OR ") + ")"
@@ -95,7 +95,7 @@ func everBound(ctx context.Context, read sqlconn.Conn, q binding.BindingQuery, l
 	return all, err
 }
 
-// toChange is subscription.ToChange, unless what is stored is known.
+// toChange is subscription.ToChange, unless the stored rows are known.
 func (s *Store) toChange(ctx context.Context, tx *txn, imsi kme.IMSI, now time.Time) (*subscription.Stored, error) {
 	if tx.known != nil {
 		return tx.known.At(now), nil

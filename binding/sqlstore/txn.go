@@ -14,14 +14,14 @@ import (
 // A txn is a change that is under way.
 type txn struct {
 	ledger.Tx
-	known *subscription.Stored // what is recent of its key, if anything is
+	known *subscription.Stored // the rows of its key, if they are known
 }
 
 // everything is the key of a change that excludes every other.
 const everything = ""
 
-// change makes a change durably: none with the same key is under way meanwhile. f may be called again, and only its
-// last call counts; an error of f leaves everything as it was, and is not named.
+// change makes a change durably, and none with the same key meanwhile. f may be called again; only its last call
+// counts. An error of f changes nothing, and does not name the operation.
 func (s *Store) change(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	if err := s.chains.Refusal(); err != nil {
 		return err
@@ -40,7 +40,7 @@ func (s *Store) change(ctx context.Context, operation, key string, f func(contex
 	return nil
 }
 
-// transaction is change also while the ledger is rolled back, and nothing is called after it.
+// transaction is change also while the ledger is rolled back.
 func (s *Store) transaction(ctx context.Context, operation, key string, f func(context.Context, *txn) error) error {
 	var own error
 	err := s.begin(ctx, key, func(ctx context.Context, db sqlconn.Statements, h *ledger.Heads,
@@ -54,8 +54,7 @@ func (s *Store) transaction(ctx context.Context, operation, key string, f func(c
 	return sqlconn.Conn{Operation: operation}.Named(err)
 }
 
-// settled reads without the lock of a key, and if f finds damage, again with it: only then nothing has changed between
-// its statements.
+// settled reads without a key's lock; if f finds damage, again with it, when nothing can change meanwhile.
 func (s *Store) settled(ctx context.Context, operation, key string, f func(sqlconn.Conn) error) error {
 	err := f(sqlconn.Conn{Operation: operation, DB: s.lookUp})
 	if tables.IsDamaged(err) {

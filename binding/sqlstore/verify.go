@@ -27,7 +27,7 @@ type Report struct {
 	Damaged []*binding.DamagedRow `json:"damaged"` // maxDamaged at most, by their tables and keys
 }
 
-// maxDamaged bounds a Report: where there are more, it is not rows that are damaged.
+// maxDamaged bounds a Report.
 const maxDamaged = 1000
 
 // A verification is under way.
@@ -46,7 +46,7 @@ func (v *verification) read() {
 	}
 }
 
-// found takes a damage in, and gives any other error.
+// found notes damage, and returns any other error.
 func (v *verification) found(err error) error {
 	var d *binding.DamagedRow
 	if !errors.As(err, &d) {
@@ -61,15 +61,15 @@ func (v *verification) found(err error) error {
 	return nil
 }
 
-// row is read and found, for a row of which err says whether it is the service's.
+// row counts a row. err says whether the service wrote it.
 func (v *verification) row(err error) error {
 	v.read()
 	return v.found(err)
 }
 
-// Verify reads everything: whether each row and each entry of the ledger is what a service wrote, and the last that it
-// wrote. report is called with the rows read so far, and with how many there are, 0 until that is known; concurrently,
-// since Verify uses all cores.
+// Verify reads everything, and checks that each row and each entry of the ledger is what a service wrote last. report
+// is called with the rows read so far, and with how many there are, 0 until that is known; concurrently, since Verify
+// uses all cores.
 func (s *Store) Verify(ctx context.Context, report func(rows, of int)) (*Report, error) {
 	v := &verification{report: report}
 	q := s.chains.Reads("verify")
