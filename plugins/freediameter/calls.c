@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What is asked of keysvc, and what its answers say: the messages of kme.proto. */
+/* Requests to keysvc and its answers: the messages of kme.proto. */
 #include "stream.h"
 
 #include <stdio.h>
@@ -43,7 +43,7 @@ void kme_parse_error(const char *reason, size_t size, struct kme_reply *out)
 		{ "CALLER_NOT_ALLOWED", KME_NOT_ALLOWED }, { "MALFORMED", KME_REFUSED },
 		{ "UNKNOWN_DEVICE", KME_REFUSED }, { "REVOKED_DEVICE", KME_REFUSED },
 		{ "OTHER_DEVICE", KME_REFUSED }, { "KME_REJECTED", KME_REFUSED },
-		/* Not as if keysvc were away: whoever has its database could have an open range served so. */
+		/* Not KME_UNAVAILABLE: then open IMSIs would pass, and whoever changes the database could cause that. */
 		{ "DAMAGED", KME_REFUSED }, { "ROLLED_BACK", KME_REFUSED },
 	};
 	size_t i;
@@ -52,7 +52,7 @@ void kme_parse_error(const char *reason, size_t size, struct kme_reply *out)
 		memcpy(said, reason, size);
 	if (!only(said, "ABCDEFGHIJKLMNOPQRSTUVWXYZ_", 1, KME_REASON) || strlen(said) != size)
 		strcpy(said, NO_REASON);
-	kme_reply_is(out, KME_UNAVAILABLE, said);	/* also what nobody understands */
+	kme_reply_is(out, KME_UNAVAILABLE, said);	/* also for an answer that is not understood */
 	for (i = 0; i < sizeof(known) / sizeof(*known); i++)
 		if (!strcmp(said, known[i].reason))
 			out->status = known[i].status;
@@ -66,7 +66,7 @@ static int exactly(const struct wire_in *i, uint8_t *to, size_t size)
 	return 1;
 }
 
-/* Only with PROVISIONING_ONLY there is an attempt. */
+/* There is an attempt only with PROVISIONING_ONLY. */
 static int parse_prepared(struct wire_in *i, size_t asked, struct kme_reply *out)
 {
 	size_t rands = 0;
@@ -99,7 +99,7 @@ static int parse_reported(struct wire_in *i, struct kme_reply *out)
 	return out->control == KME_PREPROCESSED || out->control == KME_PROVISIONING_ONLY;
 }
 
-/* The one field that counts, of exactly this size. */
+/* The field that matters, which must have this size. */
 static int parse_octets(struct wire_in *i, uint8_t *to, size_t size)
 {
 	int there = 0;
@@ -163,7 +163,7 @@ void kme_parse(enum kme_method method, const void *response, size_t size, size_t
 		kme_reply_is(out, KME_UNAVAILABLE, NO_ANSWER);
 }
 
-/* Whether it is well asked: then its fields are to be written, the last one first. */
+/* Whether the request is valid. If so, write its fields, the last one first. */
 static int asks(struct kme_call *c, enum kme_method method, int well)
 {
 	c->method = method;

@@ -78,7 +78,7 @@ static const char *bad_service(const char *s)
 	return NULL;
 }
 
-/* 1: the key is not of this sort, as below. */
+/* Here and below, 1 means: the key is of another sort. */
 static int set_text(const char *key, const char *value)
 {
 	const struct {
@@ -238,7 +238,7 @@ static int parse(const char *path)
 	return 0;
 }
 
-/* NULL: none is there twice. */
+/* NULL: no setting is there twice. */
 static const char *twice(const struct list *l)
 {
 	int i, j;

@@ -23,7 +23,7 @@ struct wanted {
 	const char *name;
 	uint8_t flags;
 	enum dict_avp_basetype type;
-	struct dict_object **out;	/* NULL: is only read */
+	struct dict_object **out;	/* NULL: it is only read */
 };
 
 /* M clear: a node that lacks them must ignore them (RFC 6733, 4.1). */
@@ -140,7 +140,7 @@ static int make_avps(uint32_t vendor, const struct wanted *w, size_t count)
 	return 0;
 }
 
-/* A request and its answer. An answer to what we refuse is made by its command's model. */
+/* A request and its answer, whose model our refusals use. */
 static int make_command(uint32_t code, const char *request, const char *answer)
 {
 	struct dict_cmd_data data = {

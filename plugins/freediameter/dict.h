@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The part of the dictionary that kme.fdx touches: our own AVPs, S6a and S13 (3GPP TS 29.272) and Multimedia-Auth of
- * SWx, Cx and Zh (TS 29.273, 29.229, 29.109). A host may make its dictionary of these before us, after us or not at
- * all, and may end over an object that is there already with other flags. So only our own vendor's AVPs are made when
- * we are loaded; the rest is looked up by number when there is something to read, and what is missing by then is made.
+ * SWx, Cx and Zh (TS 29.273, 29.229, 29.109). A host may define these before us, after us or not at all, and may end if
+ * an object exists with other flags. So we define only our own vendor's AVPs when we are loaded. The others are looked
+ * up by number at the first message, and defined if they are still missing.
  */
 #ifndef KME_DICT_H
 #define KME_DICT_H
@@ -77,23 +77,23 @@ enum tgpp_code {
 
 extern uint32_t own_vendor_id;
 
-/* Of what add_*() adds. */
+/* Flags of the AVPs that add_*() adds. */
 extern struct dict_object *a_auth_application_id, *a_vendor_specific_application_id, *a_vendor_id,
 	*a_auth_session_state, *a_proxy_state, *a_proxy_host, *a_proxy_info, *a_experimental_result,
 	*a_experimental_result_code, *a_supported_features, *a_feature_list_id, *a_feature_list, *a_binding_answer,
 	*a_nw_sig, *a_binding_status, *a_binding_control, *a_binding_attempt, *a_equipment_status;
 
 int dict_own(uint32_t own_vendor);	/* when we are loaded */
-int dict_ready(void);			/* 0 once all is there; the first call looks, the others tell what it found */
+int dict_ready(void);			/* 0: all objects are there; the first call finds out */
 
 int add_octets(msg_or_avp *parent, struct dict_object *model, const void *data, size_t size);
 int add_u32(msg_or_avp *parent, struct dict_object *model, uint32_t number);
 int add_group(msg_or_avp *parent, struct dict_object *model, struct avp **out);	/* empty, and in its place */
 
-/* By the header alone, so that an unparsed AVP will do. NULL has no children. */
+/* By the header alone, so the AVP need not be parsed. NULL has no children. */
 struct avp *child(msg_or_avp *parent, uint32_t vendor, uint32_t code);
 struct avp *next(struct avp *avp, uint32_t vendor, uint32_t code);
-int is_group(uint32_t vendor, uint32_t code);	/* that we look into */
+int is_group(uint32_t vendor, uint32_t code);	/* a group whose AVPs we read */
 
 /* NULL and 0 if there is no value of this type: the AVP must have been parsed. */
 uint8_t *octets(struct avp *avp, size_t *size);

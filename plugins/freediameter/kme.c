@@ -3,22 +3,22 @@
  * kme.fdx: KME binding (3GPP TR 33.868, 5.4.4.2.3.3.3) for S6a, and an equipment identity register for S13, as an
  * extension of freeDiameter. See ../../docs/s6a.md and ../../docs/equipment.md.
  *
- * It does the same in an HSS, beside its own S6a handlers, and in an agent between MME and HSS, and needs not be told
- * which: what is for a local application comes by the dispatcher, what is forwarded by the router.
+ * It works in an HSS, in front of its S6a handlers, and in an agent between MME and HSS, without a setting: messages
+ * for a local application come from the dispatcher, forwarded ones from the router.
  *
  *   dict.c      the dictionary
  *   conf.c      the configuration
- *   tap.c       how messages are taken and given back
- *   s6a.c       what becomes of them: the procedure
- *   s13.c       the same of what an equipment identity register is asked
- *   request.c   what a request says, and how it is refused
- *   message.c   how messages are read, and answers made
- *   service.c   the calls of keysvc: which instance gets which, and what becomes of it
- *   stream.c    their requests, by libcurl
- *   calls.c     their messages, of kme.proto
- *   kme.c       the beginning, the end, counters and the log
+ *   tap.c       takes messages from the host, and gives them back
+ *   s6a.c       the procedure: what is done with messages of S6a
+ *   s13.c       the same for S13
+ *   request.c   reads and refuses requests
+ *   message.c   reads messages, and makes answers
+ *   service.c   the calls to keysvc, and the choice of an instance
+ *   stream.c    the requests of calls, by libcurl
+ *   calls.c     the messages of calls, of kme.proto
+ *   kme.c       start, end, counters and the log
  *
- * An operator's log may show errors only (Open5GS's does), so all that an operator is to see is logged as one.
+ * A log may show errors only, as Open5GS's does. So everything for an operator is logged as an error.
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -45,7 +45,7 @@ void count(enum counter c)
 	atomic_fetch_add_explicit(&counters[c], 1, memory_order_relaxed);
 }
 
-/* How many there are in this second with so many more. At the time 0 the last second is over. */
+/* Adds more to the refusals of this second, and gives their number. now = 0 ends the last second. */
 static unsigned long add_refusals(uint64_t now, unsigned long more)
 {
 	unsigned long untold = 0, n;

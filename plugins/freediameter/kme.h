@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the files of kme.fdx know of each other. kme.c says what it does. */
+/* The interfaces between the files of kme.fdx. kme.c describes them. */
 #ifndef KME_H
 #define KME_H
 
@@ -27,7 +27,7 @@ struct conf {
 	int authorization_rejected;		/* a refused payload is answered 5003, not 5420 */
 	enum mode swx, cx, zh;
 	int s13;				/* we are an equipment identity register */
-	struct list open;			/* IMSIs that begin like this pass while the service cannot be asked */
+	struct list open;			/* IMSIs with these prefixes pass while the service is away */
 	struct list agents, legacy_mmes;	/* HOST, or *.REALM */
 	struct list provision_from;		/* PLMNs, "home" or "any" */
 	struct list home_realms;
@@ -47,36 +47,36 @@ enum counter {
 
 void count(enum counter c);
 void say_refused(struct msg *m, const char *imsi, const char *origin, const char *why);
-void tell(int end);		/* what there is to tell by now; from the calls' thread */
+void tell(int end);		/* logs what has been counted; in the calls' thread */
 
-/* tap.c: how messages are taken and given back */
+/* tap.c: takes messages from the host, and gives them back */
 
 enum kind { REQUEST_LOCAL, REQUEST_PASSING, ANSWER };
 
-/* What becomes of a message. */
+/* What is done with a message next. */
 enum verdict {
 	ASK,	/* it waits for job.call; then job.step is next */
-	GO_ON,	/* a request goes to its handler or its next hop, an answer to whoever asked */
+	GO_ON,	/* a request goes to its handler or next hop, an answer to the requester */
 	REPLY,	/* job.msg is the answer to the request that it was */
-	DROP,	/* neither, for want of memory: whoever asked runs into a time-out */
+	DROP,	/* there is no memory: the requester runs into a time-out */
 };
 
-/* A message that is ours for a while. */
+/* A message that we hold. */
 struct job {
 	struct kme_call call;		/* first */
 	struct job *next;		/* in a queue */
 	enum kind kind;
 	struct msg *msg;
 	enum verdict (*step)(struct job *j);
-	/* below here, the procedure's own: what the request says */
+	/* the rest is the procedure's: what the request says */
 	char imsi[16], origin[MAX_ORIGIN + 1];
 	int announced, may_provision, legacy, no_provisioning;
-	uint8_t *rands[KME_RANDS];	/* in the message, or to be so */
+	uint8_t *rands[KME_RANDS];	/* in the message */
 	size_t n, at;
 };
 
 int tap_start(void);	/* from here on, messages are taken */
-void tap_end(void);	/* nobody else runs in here, or has a message of the host, when it returns */
+void tap_end(void);	/* when it returns, no other thread runs in here or holds a message */
 
 /* s6a.c, and s6a_refuse() of message.c */
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Messages of Diameter: what may be parsed of them, and how the answer to one is made. */
+/* Messages of Diameter: parsing, and making answers. */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,8 +23,8 @@ uint32_t application(struct msg *m)
 }
 
 /*
- * fd_msg_parse_dict() of a group with a damaged AVP in it leaves it half parsed, and what is sent on is cut short. So
- * what we parse ourselves, that which passes, is looked through first.
+ * fd_msg_parse_dict() leaves a group half parsed if an AVP in it is damaged, and then the message is sent on truncated.
+ * So we check forwarded messages before we parse them.
  */
 static int well_formed(const uint8_t *p, size_t n, int depth)
 {
@@ -65,7 +65,7 @@ int message_well_formed(struct msg *m)
 	return ok;
 }
 
-/* An AVP that has no data, and that the dictionary does not know, cannot be sent any more once it has been parsed. */
+/* An AVP without data that the dictionary does not know cannot be sent any more after it was parsed. */
 static int sendable(struct avp *a)
 {
 	struct dict_object *model = NULL;
@@ -80,7 +80,7 @@ static int sendable(struct avp *a)
 	return model || h->avp_len > (h->avp_flags & AVP_FLAG_VENDOR ? 12u : 8u);
 }
 
-/* Parses an AVP with all that is in it, by the dictionary. If that fails, the message must not be sent on with it. */
+/* Parses an AVP and all AVPs in it, by the dictionary. If that fails, the message must not be sent on. */
 int parse(struct avp *a)
 {
 	struct fd_pei pei;
@@ -111,7 +111,7 @@ int add_experimental(struct msg *m, uint32_t code)
 	return add_u32(group, a_experimental_result_code, code);
 }
 
-/* An AVP of the base protocol that has a value, or children, as the dictionary wants them. */
+/* Whether an AVP of the base protocol has a value, or children, as the dictionary says. */
 static int sound(struct avp *a)
 {
 	struct avp_hdr *h;
@@ -120,7 +120,7 @@ static int sound(struct avp *a)
 	       (h->avp_code == BASE_PROXY_INFO || h->avp_value);
 }
 
-/* 1.2.1 ends the process over a Session-Id with the V bit in a request that it has only passed on so far. */
+/* freeDiameter 1.2.1 ends the process at a Session-Id with the V bit in a forwarded request. */
 static void drop_unsound_session(struct msg *m)
 {
 	struct avp *a;
@@ -130,7 +130,7 @@ static void drop_unsound_session(struct msg *m)
 			return;
 }
 
-/* What proxies want back (RFC 6733, 6.2). The library's own way of it leaks when a Proxy-Info is damaged. */
+/* Copies the Proxy-Infos (RFC 6733, 6.2). The library's own function leaks if one is damaged. */
 static int add_proxies(struct msg *m)
 {
 	struct msg *request = NULL;
@@ -151,8 +151,8 @@ static int add_proxies(struct msg *m)
 }
 
 /*
- * Makes the answer to a request: with a result of RFC 6733 by its name, or one of 3GPP's. It has all that TS 29.272 and
- * TS 29.229 make mandatory; an MME may drop one that has not. The E bit is only for results 3xxx (RFC 6733, 7.2).
+ * Makes the answer to a request: with a result of RFC 6733 by its name, or one of 3GPP's. It has all mandatory AVPs of
+ * TS 29.272 and TS 29.229; an MME may drop an answer without one. The E bit is only for results 3xxx (RFC 6733, 7.2).
  */
 int s6a_refuse(struct msg **m, const char *result, uint32_t experimental)
 {

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the files of the procedure know of each other: s6a.c and s13.c the steps, request.c what a request says, and
- * message.c how messages are read and made.
+ * The interfaces between the files of the procedure: s6a.c and s13.c have the steps, request.c reads requests, and
+ * message.c reads and makes messages.
  */
 #ifndef KME_PROCEDURE_H
 #define KME_PROCEDURE_H

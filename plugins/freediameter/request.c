@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What a request says of itself, whether it may be asked, and how it is refused. */
+/* Reads requests, says whether keysvc may be asked about them, and refuses them. */
 #include <ctype.h>
 #include <pthread.h>
 #include <stdio.h>
@@ -15,7 +15,7 @@ enum verdict refuse(struct job *j, const char *why, const char *result, uint32_t
 	return s6a_refuse(&j->msg, result, experimental) ? DROP : REPLY;
 }
 
-/* The answer to a request that cannot be read, or means two things. */
+/* The answer to a request that cannot be read, or is ambiguous. */
 enum verdict malformed(struct job *j, const char *result)
 {
 	count(MALFORMED);
@@ -36,7 +36,7 @@ void count_outcome(struct job *j, enum counter done)
 	      status == KME_UNAVAILABLE ? UNAVAILABLE : REFUSED);
 }
 
-/* Whether the service cannot be asked and this IMSI may pass all the same. */
+/* Whether the service is away and this IMSI may pass all the same. */
 int passes(struct job *j)
 {
 	int i;
@@ -56,9 +56,9 @@ const char *unavailable(struct job *j)
 	return j->call.reply.status == KME_BUSY ? TOO_BUSY : UNABLE_TO_COMPLY;
 }
 
-/* Who asks, and what for */
+/* Who asks, and for whom */
 
-/* The text in an AVP, in lower case. It is empty if there is none, or not one of visible ASCII that has room. */
+/* The text in an AVP, in lower case. It is empty if there is none, if it is not visible ASCII, or if it is too long. */
 void text_of(struct avp *a, char *out, size_t room)
 {
 	size_t size, i;
@@ -84,8 +84,8 @@ static int is_imsi(const char *s)
 
 /*
  * User-Name is an IMSI in S6a and S13. Elsewhere it may be an NAI with one: of EAP-AKA (0) and EAP-AKA' (6), and of
- * IMS. An HSS may read an IMSI where there is none for others: all digits of the name, the realm's too, or an MSISDN
- * (Open5GS 2.8 does both). So there it has 15 digits, beside which no other is left to be read.
+ * IMS. An HSS may read an IMSI where others see none: all digits of the name with its realm, or an MSISDN (Open5GS 2.8
+ * does both). So an IMSI must have 15 digits there, and nothing beside it can be read as another one.
  */
 static void read_imsi(struct job *j, struct msg *request)
 {
@@ -102,7 +102,7 @@ static void read_imsi(struct job *j, struct msg *request)
 	snprintf(j->imsi, sizeof(j->imsi), "%s", is_imsi(imsi) ? imsi : "");
 }
 
-/* Whether the MME knows binding (TS 29.229, 6.3.29). 0: it does not say it so that one can read it. */
+/* Whether the MME knows binding (TS 29.229, 6.3.29). 0: the feature list cannot be read. */
 static int read_features(struct job *j, struct msg *request)
 {
 	struct avp *a;
@@ -186,7 +186,7 @@ int read_request(struct job *j, struct msg *request)
 	return 1;
 }
 
-/* A request that comes straight from a peer is the peer's own, unless it is known to pass on what others ask. */
+/* A request that comes directly from a peer is the peer's own, unless the configuration names the peer as an agent. */
 int is_spoofed(struct job *j)
 {
 	DiamId_t source = NULL;
@@ -196,8 +196,8 @@ int is_spoofed(struct job *j)
 }
 
 /*
- * Parses what is read of a request: of one that passes, only the top level is parsed, and not even its values. An AVP
- * that is there twice would mean two things: whoever took the second for the first would look at somebody else's.
+ * Parses what we read of a request: of a forwarded one, the host has parsed only the top level, without values. An AVP
+ * that is there twice is refused: another node could read the other one.
  */
 const char *fault_of(struct msg *m)
 {
@@ -222,12 +222,12 @@ const char *fault_of(struct msg *m)
 	return NULL;
 }
 
-/* A second's requests at once, and then as many a second. Of more origins than there is room for, some share. */
+/* A rate for each origin: one second's requests at once, then as many a second. Too many origins share rates. */
 int within_rate(const char *origin)
 {
 	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 	static struct {
-		uint64_t who, full_at;	/* when it may have a second's worth again, in microseconds */
+		uint64_t who, full_at;	/* when its whole burst is available again, in microseconds */
 	} buckets[1024], *b, *mine;
 	static uint64_t seed;
 	const size_t count = sizeof(buckets) / sizeof(*buckets);

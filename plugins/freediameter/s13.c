@@ -43,7 +43,7 @@ static enum verdict checked(struct job *j)
 	return refuse(j, r->reason, strcmp(r->reason, "MALFORMED") ? unavailable(j) : INVALID_AVP_VALUE, 0);
 }
 
-/* Only an IMEI can be of a lot: a device with a MEID alone is unknown. */
+/* Lots have IMEIs only: a device with just a MEID is unknown. */
 enum verdict identity_check(struct job *j)
 {
 	struct avp *terminal = child(j->msg, VENDOR_3GPP, TGPP_TERMINAL_INFORMATION);
@@ -58,7 +58,7 @@ enum verdict identity_check(struct job *j)
 		return malformed(j, "DIAMETER_AVP_OCCURS_TOO_MANY_TIMES");
 	text_of(a, imei, sizeof(imei));
 	if (strlen(imei) == 15 && imei[14] == '0')
-		imei[14] = 0;	/* the spare digit, which a device sends in the place of the check digit (TS 23.003, 6.2.1) */
+		imei[14] = 0;	/* the spare digit, which replaces the check digit (TS 23.003, 6.2.1) */
 	if (strlen(imei) < 14 || (!*j->imsi && child(j->msg, 0, BASE_USER_NAME)))
 		return malformed(j, INVALID_AVP_VALUE);
 	kme_ask_equipment(&j->call, imei, j->imsi);

@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The procedure: what becomes of a request and of its answer. Each is a row of steps, with a call of the service
- * between one and the next; a step returns ASK when it has asked something. The first runs in a thread of the host, all
- * others in that of the calls.
+ * The procedure for a request and its answer. Each is a sequence of steps with a call to the service between two of
+ * them: a step returns ASK if it has made a call. The first step runs in a thread of the host, all others in the calls'
+ * thread.
  *
- * What a request says of itself is read again at its answer: freeDiameter keeps the request of an answer that is
- * awaited.
+ * At the answer, the request is read again: freeDiameter keeps it until then.
  */
 #include <errno.h>
 #include <string.h>
@@ -47,7 +46,7 @@ int s6a_takes(struct msg *m, int request)
 	return h->msg_code == CMD_MAR && (mode == MODE_PROCESS || (mode == MODE_REFUSE && request));
 }
 
-/* Resynchronisation: what comes back is the RAND that was sent; the HSS needs the one that it made. */
+/* Resynchronisation: the request has the RAND that was sent; the HSS needs the one that it made. */
 
 static enum verdict restored(struct job *j);
 
@@ -65,7 +64,7 @@ static enum verdict restored(struct job *j)
 	const struct kme_reply *r = &j->call.reply;
 
 	if (r->status == KME_NOT_BOUND)
-		return GO_ON;	/* its RANDs are as the HSS makes them */
+		return GO_ON;	/* its RANDs stay as the HSS makes them */
 	count_outcome(j, RESTORED);
 	if (r->status == KME_OK) {
 		memcpy(j->rands[j->at++], r->rands[0], KME_RAND);
@@ -124,7 +123,7 @@ static enum kme_status on_the_wire(enum kme_status status)
 	return status == KME_BUSY ? KME_UNAVAILABLE : status > KME_UNAVAILABLE ? KME_REFUSED : status;
 }
 
-/* A payload that is not taken: the HSS is not asked. */
+/* A refused payload: the HSS is not asked. */
 static enum verdict reject_payload(struct job *j, enum kme_status status, const char *why)
 {
 	enum verdict v = asked_in_vain(j) ? refuse(j, why, unavailable(j), 0) :
@@ -137,8 +136,8 @@ static enum verdict reject_payload(struct job *j, enum kme_status status, const 
 }
 
 /*
- * What came of a payload stands in the request from here on, in the place of the payload: the answer finds it there. A
- * Binding-Answer that others have put there is removed from every ULR.
+ * Replaces the payload in the request by its result, which the answer finds there. A Binding-Answer that came with a
+ * ULR is removed.
  */
 static enum verdict established(struct job *j)
 {
@@ -166,7 +165,7 @@ static enum verdict establish(struct job *j, struct avp *binding)
 		return reject_payload(j, KME_NOT_ALLOWED, "provisioning is not for this origin");
 	}
 	text_of(child(terminal, VENDOR_3GPP, TGPP_IMEI), imei, sizeof(imei));
-	id = octets(child(binding, own_vendor_id, OWN_BINDING_ATTEMPT), &id_size);	/* in which case matters */
+	id = octets(child(binding, own_vendor_id, OWN_BINDING_ATTEMPT), &id_size);	/* case-sensitive */
 	if (id_size > KME_ATTEMPT)
 		id_size = 0;
 	if (id_size)
@@ -180,8 +179,8 @@ static enum verdict establish(struct job *j, struct avp *binding)
 }
 
 /*
- * Only a device that may be served passes: AKA has succeeded with a pre-processed vector, now or before. A ULR alone is
- * no proof of that, and keysvc does not take it for one.
+ * Only a device that may be served passes: AKA has succeeded with a pre-processed vector, now or before. A ULR alone
+ * does not prove that, so keysvc decides.
  */
 static enum verdict reported(struct job *j)
 {
@@ -214,12 +213,12 @@ static enum verdict location_request(struct job *j)
 
 static enum verdict told_of_error(struct job *j)
 {
-	return GO_ON;	/* if it was in vain, the binding ends by itself */
+	return GO_ON;	/* if the report was lost, the binding ends by itself */
 }
 
 /*
- * The HSS decides: beside its error there is no NW-Sig, and the binding is none. A device that provisions gets no
- * subscription.
+ * The HSS decides: with its error there is no NW-Sig, and the binding ends. A device that provisions gets no
+ * subscription data.
  */
 static enum verdict location_answer(struct job *j, struct msg *request)
 {
@@ -247,7 +246,7 @@ static enum verdict location_answer(struct job *j, struct msg *request)
 	return GO_ON;
 }
 
-/* Vectors: all of a message are prepared, or none leaves. */
+/* Vectors: either all of a message are prepared, or none is sent. */
 
 static enum verdict withhold(struct job *j, const char *why, uint32_t experimental)
 {
@@ -271,7 +270,7 @@ static enum verdict withhold_unread(struct job *j)
 	return withhold(j, "its vectors cannot be read", DATA_UNAVAILABLE);
 }
 
-/* A RAND is the first octets of an AVP of this size: the only one of its code in the group. */
+/* A RAND is at the beginning of an AVP of this size, which must be the only one of its code in the group. */
 static int note_rand(struct job *j, struct avp *group, uint32_t code, size_t size)
 {
 	struct avp *a = child(group, VENDOR_3GPP, code);
@@ -359,7 +358,7 @@ static enum verdict vectors_answer(struct job *j, uint32_t group)
 	DiamId_t source = NULL;
 
 	if (child(j->msg, own_vendor_id, OWN_BINDING_CONTROL) || !child(j->msg, VENDOR_3GPP, group))
-		return GO_ON;	/* another of us was here, or there are no vectors */
+		return GO_ON;	/* another kme.fdx has done it, or there are no vectors */
 	if (fd_msg_source_get(j->msg, &source, NULL) || (source && !message_well_formed(j->msg)) || !note_all(j, group))
 		return withhold_unread(j);
 	return j->n ? prepare(j) : GO_ON;
@@ -387,7 +386,7 @@ static enum verdict multimedia_request(struct job *j)
 	uint8_t *info;
 	size_t size;
 
-	if (!*j->imsi) {	/* whose SIM it is only the HSS can tell */
+	if (!*j->imsi) {	/* only the HSS knows the subscription */
 		count(REFUSED);
 		return refuse(j, "its User-Name is no IMSI of 15 digits", AUTHORIZATION_REJECTED, 0);
 	}
@@ -406,7 +405,7 @@ static enum verdict multimedia_request(struct job *j)
 		if (j->n == KME_RANDS || next(a, VENDOR_3GPP, TGPP_SIP_AUTHORIZATION))
 			return malformed(j, "DIAMETER_AVP_OCCURS_TOO_MANY_TIMES");
 		info = octets(a, &size);
-		if (size == RESYNC_INFO)	/* else it is of another scheme */
+		if (size == RESYNC_INFO)	/* otherwise it is another scheme's */
 			j->rands[j->n++] = info;
 	}
 	return restore_next(j);
@@ -417,7 +416,7 @@ enum verdict s6a_request(struct job *j)
 	const char *fault = "DIAMETER_INVALID_AVP_LENGTH";
 
 	if (application(j->msg) == S13_APP && j->kind == REQUEST_PASSING)
-		return GO_ON;	/* to another register */
+		return GO_ON;	/* it is for another register */
 	if (dict_ready())
 		return refuse(j, "the dictionary cannot be used", UNABLE_TO_COMPLY, 0);
 	if ((j->kind == REQUEST_PASSING && !message_well_formed(j->msg)) || (fault = fault_of(j->msg)))

@@ -8,7 +8,7 @@
 
 #include <freeDiameter/extension.h>
 
-#define RETRY_MS	1000		/* how long nobody is asked before one call tries again */
+#define RETRY_MS	1000		/* how long the breaker stays open before one call tries again */
 
 static const char *const methods[] = {
 	"PrepareVector", "EstablishKME", "ReportAuthentication", "RestoreRAND", "GetBinding",
@@ -17,10 +17,10 @@ static const char *const methods[] = {
 
 struct kme_service service;
 struct instance *instances;
-static unsigned turn;			/* whose it is to get the next call */
+static unsigned turn;			/* which instance gets the next call */
 static struct kme_call **by_id;		/* those under way, at id % service.calls */
-static uint64_t earliest;		/* none of them ends its wait before */
-static struct kme_call *ended, *last_ended;	/* to be done */
+static uint64_t earliest;		/* the earliest time-out among them */
+static struct kme_call *ended, *last_ended;	/* whose done() must be called */
 static long under_way;
 static uint64_t last_id;
 static long failures;			/* in a row; service.breaker of them open the circuit breaker */
@@ -76,7 +76,7 @@ static void unlink_call(struct kme_call *c)
 	c->newer = NULL;
 }
 
-/* A call that is under way no more is to be done. */
+/* Ends a call that is under way: its done() will be called. */
 static void end_call(struct kme_call *c)
 {
 	unlink_call(c);
@@ -92,7 +92,7 @@ static void answered(struct kme_call *c)
 	end_call(c);
 }
 
-/* An instance gets no calls until it says that it is ready, as long as another does. */
+/* Stops calls to an instance until it says that it is ready, unless all others are away. */
 static void leave(struct instance *i, const char *why)
 {
 	if (service.n == 1 || i->away)
@@ -103,8 +103,8 @@ static void leave(struct instance *i, const char *why)
 }
 
 /*
- * Whose turn it is of those that a call was not made at: one that is not away, or any of them if all instances are
- * away. NULL: there is none.
+ * The next instance that was not tried for a call and is not away; if all instances are away, any that was not tried.
+ * NULL: there is none.
  */
 static struct instance *pick(const struct kme_call *c)
 {
@@ -130,8 +130,8 @@ static int is_text(const struct wire_in *i, const char *text)
 }
 
 /*
- * An error of a call. An instance that has lost its HSM or its store, or has not had the time, is left; what another
- * one may do goes there.
+ * Handles an error of a call. It stops calls to an instance that has lost its HSM or its store, or was too slow, and
+ * repeats the call at another one if it may.
  */
 static void take_error(struct kme_call *c, struct wire_in *error)
 {
@@ -174,7 +174,7 @@ int service_answer(struct instance *from, const uint8_t *data, size_t size)
 		return 0;
 	c = by_id[id % (uint64_t)service.calls];
 	if (!c || c->id != id || c->at != from)
-		return 1;	/* nobody waits for it any more */
+		return 1;	/* it was given up */
 	if (what == ANSWER_ERROR) {
 		take_error(c, &answer);
 		return 1;
@@ -194,7 +194,7 @@ static int in_vain(struct kme_call *c, enum kme_status status, const char *why)
 	return 0;
 }
 
-/* Makes a call at an instance. If it may be made at another, half of its time is kept for that. 0: there is a reply. */
+/* Makes a call at an instance. If another may be tried later, half of the time is left for it. 0: there is a reply. */
 static int send_to(struct kme_call *c, struct instance *i)
 {
 	uint64_t now = kme_now(), left = c->deadline > now ? c->deadline - now : 1;
@@ -273,7 +273,7 @@ static int move(struct kme_call *c, struct instance *to)
 /*
  * The stream has ended. What has no answer goes to another instance, or else once to another stream: if the stream
  * ended in order, or was not given it, it was not begun, and else it comes to the same, but for a report of a failure.
- * If the stream was refused, that is the answer to all.
+ * If the stream was refused, that is the answer to all calls.
  */
 static void stream_ended(struct instance *i)
 {
@@ -286,7 +286,7 @@ static void stream_ended(struct instance *i)
 	stream_close(i);
 	if (last && how != TURNED_AWAY)
 		leave(i, why);
-	for (c = i->oldest; c && under_way; c = newer) {	/* with one that fails, all may */
+	for (c = i->oldest; c && under_way; c = newer) {	/* a failure may end them all */
 		struct instance *next = NULL;
 
 		newer = c == last ? NULL : c->newer;
@@ -309,8 +309,9 @@ static void stream_ended(struct instance *i)
 }
 
 /*
- * Calls that have waited long enough where they are go to another instance, if they may. The stream ends on which
- * nothing at all came meanwhile: its instance may be ready, and it would not be closed while calls are under way.
+ * Calls that have waited long enough at an instance go to another one, if they may. If nothing at all came on the
+ * stream meanwhile, it is ended: its instance may be ready, and the stream would stay open as long as calls are under
+ * way.
  */
 static void end_waits(void)
 {

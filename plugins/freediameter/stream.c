@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The streams: one request to each instance, by libcurl, whose body are all calls and whose response all answers. */
+/* The streams: one request to each instance, by libcurl. Its body has all calls, its response all answers. */
 #define _GNU_SOURCE
 #include "stream.h"
 
@@ -13,16 +13,16 @@
 #include <freeDiameter/extension.h>
 
 #define WATCH_MS	500		/* how often an instance that is away is asked whether it is ready */
-#define READY_MS	2000		/* how long it has to say so */
+#define READY_MS	2000		/* how long its answer may take */
 #define END_STREAM	2		/* the flag of the last message, which is JSON */
-#define MAX_RESPONSE	(1u << 20)	/* several times what all answers of a stream are */
+#define MAX_RESPONSE	(1u << 20)	/* several times the size of all answers of a stream */
 #define MAX_SOCKETS	(16 * KME_INSTANCES)	/* those of libcurl: of two connections, and of what finds an address */
 
 static CURLM *multi;
 static struct curl_slist *headers;
 static uint64_t timer_at = UINT64_MAX;	/* when libcurl wants to be called */
-static struct pollfd watched[1 + MAX_SOCKETS] = { { .fd = -1, .events = POLLIN } };	/* who wakes us, and sockets */
-static CURL *owners[1 + MAX_SOCKETS];	/* whose each of them is */
+static struct pollfd watched[1 + MAX_SOCKETS] = { { .fd = -1, .events = POLLIN } };	/* kme_wake()'s, and sockets */
+static CURL *owners[1 + MAX_SOCKETS];	/* the request that each belongs to */
 static nfds_t watches = 1;
 
 /* NULL: it is https. */
@@ -88,7 +88,7 @@ void kme_wake(void)
 	const uint64_t one = 1;
 
 	if (write(watched[0].fd, &one, sizeof(one)) < 0)
-		return;	/* it has been woken so often that it wakes anyway */
+		return;	/* the counter is full: it wakes anyway */
 }
 
 void kme_wake_end(void)
@@ -97,9 +97,9 @@ void kme_wake_end(void)
 		close(watched[0].fd);
 }
 
-/* Sending: libcurl takes the body of the one request, which does not end, from here. */
+/* Sending: libcurl reads the body of the request from here. It does not end. */
 
-/* All calls that there are to send, in a message. */
+/* Puts all calls that are to be sent into a message. */
 static void pack(struct instance *i)
 {
 	size_t size;
@@ -157,7 +157,7 @@ static void take_end(struct instance *i, const uint8_t *data, size_t size)
 	i->course = TURNED_AWAY;
 }
 
-/* So much of it is whole messages; SIZE_MAX: it is not of this service. */
+/* How much of the data are whole messages. SIZE_MAX: it does not come from keysvc. */
 static size_t take_messages(struct instance *from, const uint8_t *data, size_t size)
 {
 	size_t at = 0, length;
@@ -242,8 +242,7 @@ void stream_close(struct instance *i)
 }
 
 /*
- * The CA of this file and no other: beside it, libcurl trusts those of a folder of the system's, and may ask the system
- * itself.
+ * Trusts the CA of this file and no other: by default, libcurl also trusts those in a folder of the system.
  */
 static int trust_alone(CURL *h, const char *ca)
 {
@@ -254,8 +253,8 @@ static int trust_alone(CURL *h, const char *ca)
 }
 
 /*
- * A request of an instance, on a connection of its own. It is HTTP/2: over TLS both sides agree on it, and on the
- * socket it is known. NULL: there is no memory.
+ * A request of an instance, on a connection of its own. It is HTTP/2: negotiated over TLS, and assumed on the socket.
+ * NULL: there is no memory.
  */
 static CURL *new_request(const struct instance *i, const char *path)
 {
@@ -273,10 +272,10 @@ static CURL *new_request(const struct instance *i, const char *path)
 	curl_easy_setopt(h, CURLOPT_FRESH_CONNECT, 1L);
 	curl_easy_setopt(h, CURLOPT_FORBID_REUSE, 1L);
 	curl_easy_setopt(h, CURLOPT_TCP_KEEPALIVE, 1L);
-	/* a name's first address has half of it, if there are more: without this, half of 300 seconds */
+	/* a name's first address gets half of this time if there are more; the default is 300 seconds */
 	curl_easy_setopt(h, CURLOPT_CONNECTTIMEOUT_MS, (long)service.timeout_ms);
-	curl_easy_setopt(h, CURLOPT_NOSIGNAL, 1L);	/* no alarm() in somebody else's process */
-	curl_easy_setopt(h, CURLOPT_QUICK_EXIT, 1L);	/* nor a wait for a name server that hangs */
+	curl_easy_setopt(h, CURLOPT_NOSIGNAL, 1L);	/* no alarm() in the host's process */
+	curl_easy_setopt(h, CURLOPT_QUICK_EXIT, 1L);	/* no wait for a name server that hangs */
 	curl_easy_setopt(h, CURLOPT_PROXY, "");
 	curl_easy_setopt(h, CURLOPT_SSLCERT, service.cert);
 	curl_easy_setopt(h, CURLOPT_SSLKEY, service.key);
@@ -287,7 +286,7 @@ static CURL *new_request(const struct instance *i, const char *path)
 	return h;
 }
 
-/* 0: it has begun. */
+/* 0: it was started. */
 static int begin_request(CURL *h, CURL **as)
 {
 	if (!h)
@@ -300,7 +299,7 @@ static int begin_request(CURL *h, CURL **as)
 	return 0;
 }
 
-/* One request, whose body are all calls, and whose response all answers. 0: it has begun. */
+/* Starts the stream of an instance. 0: it was started. */
 int stream_open(struct instance *i)
 {
 	CURL *h = new_request(i, "kme.v1.KeyService/Stream");
@@ -355,7 +354,7 @@ static void run_timer(void)
 	curl_multi_socket_action(multi, CURL_SOCKET_TIMEOUT, 0, &n);
 }
 
-/* The response has ended, and libcurl waits for nothing more of it. */
+/* The response has ended. */
 static int is_stuck(const struct instance *i)
 {
 	long code = 0;
@@ -402,7 +401,7 @@ void streams_turn(uint64_t until)
 	poll(watched, watches, until > now ? (int)(until - now) : 0);
 	while (watched[0].revents && read(watched[0].fd, &woken, sizeof(woken)) > 0)
 		;
-	for (k = watches; --k > 0;) {	/* those that are gone meanwhile are replaced by ones that were seen to */
+	for (k = watches; --k > 0;) {	/* a socket that is removed is replaced by one that was handled already */
 		short e = k < watches ? watched[k].revents : 0;
 
 		watched[k].revents = 0;

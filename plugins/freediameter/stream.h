@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * What the files of the calls know of each other: calls.c the messages, stream.c the requests by libcurl, and service.c
- * which call is made at which instance, and when it is given up.
+ * The interfaces between the files of the calls: calls.c has the messages, stream.c the requests by libcurl, and
+ * service.c the choice of an instance and the time-outs.
  */
 #ifndef KME_STREAM_H
 #define KME_STREAM_H
@@ -25,19 +25,19 @@ struct instance {
 	const char *url;
 	CURL *stream;			/* NULL: there is none */
 	int paused;			/* it has nothing to send */
-	int silent;			/* a call has had no answer: it is closed once none is under way */
+	int silent;			/* a call had no answer: it is closed when none is under way */
 	uint64_t heard;			/* when anything came last */
-	enum { GOES_ON, IN_ORDER, BROKEN, TURNED_AWAY } course;	/* how it has ended, if it has */
-	const char *why;		/* it has ended, if libcurl says so */
+	enum { GOES_ON, IN_ORDER, BROKEN, TURNED_AWAY } course;	/* whether it has ended, and how */
+	const char *why;		/* libcurl's error, if it has ended by one */
 	char refusal[KME_REASON + 1];
 	struct kme_call *oldest, *newest;	/* under way here */
-	struct kme_call *unsent;	/* the first of them that the stream has not been given, with all newer ones */
+	struct kme_call *unsent;	/* the oldest of them that was not sent; newer ones were not either */
 	uint8_t out[PREFIX + MAX_REQUEST];	/* the message that is being sent */
 	size_t out_at, out_size;
-	uint8_t *in;			/* what has come of messages that are not whole */
+	uint8_t *in;			/* the beginning of a message that is not complete */
 	size_t in_size, in_room;
-	int away;			/* it gets no calls until it is ready, as long as another is not away */
-	CURL *watch;			/* asks whether it is ready; NULL: nobody does */
+	int away;			/* it gets no calls until it is ready, unless all are away */
+	CURL *watch;			/* asks whether it is ready; NULL: not now */
 	uint64_t watch_at;		/* when it is asked next */
 };
 
@@ -55,17 +55,17 @@ int kme_write_call(struct kme_call *c, uint64_t ms);	/* its message, with the ti
 
 int stream_start(void);
 void stream_end(void);
-int stream_open(struct instance *i);		/* 0: it has begun */
+int stream_open(struct instance *i);		/* 0: it was started */
 void stream_close(struct instance *i);
 void stream_watch(struct instance *i);		/* asks an instance that is away whether it is ready */
 void stream_unwatch(struct instance *i);
-void streams_turn(uint64_t until);		/* waits so long, and does what there is to do */
+void streams_turn(uint64_t until);		/* waits so long at most, and does what is due */
 
-/* service.c, for what comes on a stream */
+/* service.c, called by stream.c */
 
-int service_answer(struct instance *from, const uint8_t *data, size_t size);	/* 0: it is none */
-void service_ready(struct instance *i);		/* it says so */
-uint64_t service_due(void);			/* when a call is to be seen to, whatever comes; 0: at once */
+int service_answer(struct instance *from, const uint8_t *data, size_t size);	/* 0: it is no answer */
+void service_ready(struct instance *i);		/* /readyz says so */
+uint64_t service_due(void);			/* when the next time-out is; 0: at once */
 
 #pragma GCC visibility pop
 

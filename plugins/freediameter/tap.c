@@ -1,17 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * How messages are taken and given back.
+ * Takes messages from the host, and gives them back.
  *
  *   request for this host   on_local takes it      -> s6a_request()  -> the host's handler
  *   request that passes     on_request takes it    -> s6a_request()  -> sent on
  *   answer that passes      on_answer takes it     -> s6a_answer()   -> sent on
  *   answer of this host     on_outgoing takes it   -> s6a_answer()   -> sent
  *
- * A message belongs to whoever holds the pointer; one that is handed over is gone from where it was. The host's thread
- * that has it goes with it as far as that needs no call, which for most requests is all the way. A message that needs
- * one is handed over to the thread of the calls, which never waits for anything but all of its calls at once. From
- * there it goes to the host's handlers, which may wait for a database, in threads of their own, so that neither the
- * calls nor the host's dispatchers are ours to hold up.
+ * A message belongs to the holder of the pointer. The host's thread handles it as long as that needs no call: for most
+ * requests, to the end. If a call is needed, the message goes to the calls' thread, which waits for nothing but its
+ * calls. From there it goes to the host's handlers in threads of our own, since these may wait for a database: so
+ * neither the calls nor the host's dispatchers are held up.
  */
 #include <limits.h>
 #include <pthread.h>
@@ -40,10 +39,10 @@ struct queue {
 
 #define QUEUE	{ .lock = PTHREAD_MUTEX_INITIALIZER, .more = PTHREAD_COND_INITIALIZER }
 static struct queue inbox = QUEUE;	/* for the calls' thread */
-static struct queue ready = QUEUE;	/* for the handlers' */
+static struct queue ready = QUEUE;	/* for the handlers' threads */
 
-static struct fifo *tapped;		/* what others take for the queue of all that is sent */
-static _Atomic(struct fifo *) outgoing;	/* and what it is */
+static struct fifo *tapped;		/* what the host uses as its queue of outgoing messages */
+static _Atomic(struct fifo *) outgoing;	/* and that queue itself */
 static pthread_t calls_thread, handler_threads[MAX_HANDLERS];
 static int handlers, calls_running;
 static atomic_int stopping;
@@ -51,9 +50,9 @@ static atomic_int inside;		/* threads of the host in on_outgoing() */
 static struct disp_hdl *local_handle;
 static struct fd_rt_fwd_hdl *request_handle, *answer_handle;
 static struct fd_hook_hdl *peer_handle;
-static _Thread_local int in_handler;	/* the dispatcher is called by one of ours: the message has been seen to */
+static _Thread_local int in_handler;	/* the dispatcher is called by a thread of ours: the message was handled */
 
-/* 0: there is no room. NULL always has some: it ends whoever waits. */
+/* 0: there is no room. There always is for NULL, which ends the waiting threads. */
 static int queue_add(struct queue *q, struct job *j, long room)
 {
 	int added = 0;
@@ -83,13 +82,13 @@ static struct job *queue_take(struct queue *q, int wait)
 		q->first = j->next;
 		q->n--;
 	} else {
-		pthread_cond_signal(&q->more);	/* the next one is to see the end, too */
+		pthread_cond_signal(&q->more);	/* the next thread must see the end, too */
 	}
 	pthread_mutex_unlock(&q->lock);
 	return j;
 }
 
-/* Sends past the tap, and waits for no room. */
+/* Sends without the tap, and does not wait for room. */
 static void send_on(struct msg *m)
 {
 	struct fifo *to = outgoing;
@@ -99,7 +98,7 @@ static void send_on(struct msg *m)
 		fd_msg_free(m);
 }
 
-/* Goes on with a message once it has been asked about, until the next call. */
+/* Continues with a message after its call, until the next call. */
 static void run(struct job *j)
 {
 	enum verdict v;
@@ -159,8 +158,8 @@ static void *calls_run(void *arg)
 }
 
 /*
- * Goes with a message as far as it needs no call. What is left in *m goes on where it was going; NULL: it is seen to.
- * Answers have had their room as requests.
+ * Handles a message until it needs a call. What is left in *m goes on where it was going; NULL: nothing is left. There
+ * is always room for an answer: its request took it.
  */
 static void begin(enum kind kind, struct msg **m)
 {
@@ -196,7 +195,7 @@ static void begin(enum kind kind, struct msg **m)
 	free(j);
 }
 
-/* Has the host's handler answer, as the dispatcher would have. What it sends itself comes by the tap. */
+/* Calls the host's handler, as the dispatcher would. What the handler sends comes by the tap. */
 static void dispatch(struct msg *m)
 {
 	struct session *session = NULL;
@@ -212,7 +211,7 @@ static void dispatch(struct msg *m)
 	if (!m)
 		return;
 	if (action == DISP_ACT_CONT && !fd_g_config->cnf_flags.no_fwd)
-		action = DISP_ACT_SEND;	/* nobody has answered it here: somebody else may */
+		action = DISP_ACT_SEND;	/* no handler has answered it: it is sent on */
 	if (action == DISP_ACT_CONT)
 		code = "DIAMETER_COMMAND_UNSUPPORTED";
 	if (action != DISP_ACT_SEND && s6a_refuse(&m, code ? code : "DIAMETER_UNABLE_TO_COMPLY", 0)) {
@@ -242,8 +241,8 @@ static void *handler_run(void *arg)
 }
 
 /*
- * The host has put a message into what it takes for the queue of all that is sent; it calls this in the same thread for
- * each. An answer that has a source passes; on_answer has had it.
+ * The host calls this, in the same thread, for each message that it puts into the tapped queue. An answer with a source
+ * is a forwarded one, which on_answer has handled.
  */
 static void on_outgoing(struct fifo *queue, void **data)
 {
@@ -264,7 +263,7 @@ static void on_outgoing(struct fifo *queue, void **data)
 	pthread_setcancelstate(before, NULL);
 }
 
-/* The host's signals are for its own threads. */
+/* Signals are for the host's threads. */
 static int start(pthread_t *thread, void *(*run)(void *))
 {
 	sigset_t all, before;
@@ -278,11 +277,11 @@ static int start(pthread_t *thread, void *(*run)(void *))
 }
 
 /*
- * There is no public way to hold an answer of a local application back: the hook before sending can only block the one
- * thread that sends everything. So the handlers' answers are taken from a queue of ours, which calls us at each message
- * (its upper threshold is 1), and is empty again when the call returns. Not before the first request: by then the
- * threads that empty the real queue have it. At the end the core destroys what it takes for the real queue: one with a
- * threshold's data it leaves, and what we send to is ours alone.
+ * There is no public function that holds back an answer of a local application: the hook before sending can only block
+ * the one thread that sends everything. So the handlers' answers are taken from a queue of ours, which calls us at each
+ * message (its upper threshold is 1), and is empty again when the call returns. This is done at the first request: by
+ * then, the threads that empty the real queue have its pointer. At the end, the core destroys the queue that it knows,
+ * but not one with data for a threshold; the real queue is ours.
  */
 static void tap(void)
 {
@@ -297,7 +296,7 @@ static void tap(void)
 	__atomic_store_n(&fd_g_outgoing, tapped, __ATOMIC_SEQ_CST);
 }
 
-/* The host may end its threads where they wait, so they do not in here. */
+/* The host may cancel its threads while they wait, so that is off in here. */
 static void take_request(enum kind kind, struct msg **m)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -307,7 +306,7 @@ static void take_request(enum kind kind, struct msg **m)
 	pthread_once(&once, tap);
 	if (kind == REQUEST_PASSING || outgoing) {
 		begin(kind, m);
-	} else if (!s6a_refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0)) {	/* its answer would leave as it is */
+	} else if (!s6a_refuse(m, "DIAMETER_UNABLE_TO_COMPLY", 0)) {	/* otherwise its answer would be sent as it is */
 		send_on(*m);
 		*m = NULL;
 	} else {
@@ -338,7 +337,7 @@ static int on_answer(void *data, struct msg **m)
 	DiamId_t source = NULL;
 	int before;
 
-	/* An answer to what this host has asked itself is none of ours. */
+	/* Answers to the host's own requests are not ours. */
 	if (!s6a_takes(*m, 0) || fd_msg_answ_getq(*m, &request) || !request ||
 	    fd_msg_source_get(request, &source, NULL) || !source)
 		return 0;
@@ -348,7 +347,7 @@ static int on_answer(void *data, struct msg **m)
 	return 0;
 }
 
-/* All have made their dictionaries by now, and what a message has in it is not yet looked up. */
+/* By now all extensions have defined their dictionaries, and no message was parsed by them yet. */
 static void on_peer(enum fd_hook_type type, struct msg *m, struct peer_hdr *peer, void *other,
 		    struct fd_hook_permsgdata *pmd, void *data)
 {

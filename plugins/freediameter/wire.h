@@ -7,8 +7,8 @@
 #include <stdint.h>
 
 /*
- * A message is written from its end to its beginning, so that the length of what is in it is known when it is due. What
- * is written stands from data + from on. Too much writes nothing more, and is noted.
+ * A message is written from its end to its beginning, so that the length of its content is known before its prefix. It
+ * begins at data + from. Without room, nothing more is written, and that is noted.
  */
 struct wire_out {
 	uint8_t *data;
@@ -19,9 +19,9 @@ struct wire_out {
 void wire_number(struct wire_out *o, uint32_t field, uint64_t n);	/* 0 is left out, as proto3 has it */
 void wire_bytes(struct wire_out *o, uint32_t field, const void *data, size_t size);
 void wire_text(struct wire_out *o, uint32_t field, const char *s);	/* empty is left out */
-void wire_message(struct wire_out *o, uint32_t field, size_t end);	/* all that was written since from was end */
+void wire_message(struct wire_out *o, uint32_t field, size_t end);	/* made of what was written since from was end */
 
-/* A message that is read, and its field that wire_next() has come to: a number, or the bytes of anything longer. */
+/* A message that is read, and its present field: a number, or bytes. */
 struct wire_in {
 	const uint8_t *at, *end;
 	uint32_t field;
