@@ -29,8 +29,9 @@ func TestInstall(t *testing.T) {
 		out, err := cmd.CombinedOutput()
 		return string(out), err
 	}
-	for given, prefix := range map[string]string{"": "/usr/local", "/usr": "/usr", "/opt/kme": "/opt/kme"} {
-		to := t.TempDir()
+	var to string
+	for given, prefix := range map[string]string{"": "/usr/local", "/opt/kme": "/opt/kme"} {
+		to = t.TempDir()
 		if out, err := install(given, to); err != nil {
 			t.Fatalf("PREFIX=%s: %v: %s", given, err, out)
 		}
@@ -75,15 +76,15 @@ func TestInstall(t *testing.T) {
 				t.Errorf("PREFIX=%s: %s.service starts something else:\n%s", given, unit, text)
 			}
 		}
-		config := to + "/etc/kmehsm/keysvc.yaml"
-		must.Do(t, os.WriteFile(config, []byte("# mine\n"), 0o640))
-		out, err := install(given, to)
-		if own := must.Get[[]byte](t)(os.ReadFile(config)); err != nil || string(own) != "# mine\n" {
-			t.Errorf("a second install: %v: %s; keysvc.yaml has %s", err, out, own)
-		}
 	}
-	to := t.TempDir()
-	if out, err := install("local", to); err == nil || !strings.Contains(out, "PREFIX=local is not an absolute path") {
+	config := to + "/etc/kmehsm/keysvc.yaml"
+	must.Do(t, os.WriteFile(config, []byte("# mine\n"), 0o640))
+	out, err := install("/usr", to)
+	if own := must.Get[[]byte](t)(os.ReadFile(config)); err != nil || string(own) != "# mine\n" {
+		t.Errorf("a second install: %v: %s; keysvc.yaml has %s", err, out, own)
+	}
+	out, err = install("local", to)
+	if err == nil || !strings.Contains(out, "PREFIX=local is not an absolute path") {
 		t.Errorf("PREFIX=local: %v: %s", err, out)
 	}
 }
