@@ -93,7 +93,7 @@ func storeUpgrade(c *cli.Context) error {
 		return usage.Mark(err)
 	}
 	if err := sqlstore.Upgrade(c.Context, c.String("store"), role); err != nil {
-		return keysvcd.NoDatabase(err)
+		return err
 	}
 	return cmdline.Printf(c, map[string]any{"role": role},
 		"the tables are up to date, and role %s has what the service needs of them\n", role)

@@ -15,6 +15,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // A DB is one that is open. Its own methods read.
@@ -50,14 +51,11 @@ func Look(ctx context.Context, name string, schema sqlconn.Schema) (number int, 
 	return number, errors.Join(err, db.Close())
 }
 
-// ErrNoDatabase: the server has no database of this name.
-var ErrNoDatabase = errors.New("its server has no such database: make it (createdb), and its tables (keysvc store " +
-	"upgrade), or correct the connection string")
-
 // reached says of an error that there is no connection what to do.
 func reached(err error) error {
 	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "3D000" { // invalid_catalog_name
-		return fmt.Errorf("%w: %w", ErrNoDatabase, err)
+		return usage.Mark(fmt.Errorf("its server has no such database: make it (createdb), and its tables (keysvc "+
+			"store upgrade), or correct the connection string: %w", err))
 	}
 	if !errors.As(err, new(*pgconn.ConnectError)) {
 		return err

@@ -17,7 +17,6 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
-	"github.com/kmehsm/kmehsm/internal/postgres"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
@@ -80,16 +79,7 @@ func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, 
 		return nil, err
 	}
 	defer key.Wipe()
-	store, err := sqlstore.Open(ctx, name, key)
-	return store, NoDatabase(err)
-}
-
-// NoDatabase has an error that PostgreSQL has no such database be one of usage.
-func NoDatabase(err error) error {
-	if errors.Is(err, postgres.ErrNoDatabase) {
-		return cmdline.Usage(err)
-	}
-	return err
+	return sqlstore.Open(ctx, name, key)
 }
 
 // there says whether a store exists. It says so of every store in a server, without asking.
