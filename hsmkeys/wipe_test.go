@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
+	"math/big"
 	"slices"
 	"testing"
 
@@ -62,6 +63,31 @@ func TestSecretsAreWiped(t *testing.T) {
 				secret.Wipe()
 				left("exported")
 			})
+		}
+	}
+}
+
+// Whoever has a payload and a power of its plaintext whose exponent is a power of two finds the plaintext: 65537 is
+// odd. None of them is left of making one.
+func TestPowersAreWiped(t *testing.T) {
+	lot := must[*rsa.PrivateKey](t)(testkeys.RSA(2048))
+	memory := memscan.Of(t)
+	p := kme.Plaintext{KME: kme.RandomSecret(), Sig: make([]byte, kme.SuiteECDSA.SignatureSize()),
+		RME: kme.RandomSecret()}
+	power := new(big.Int).SetBytes(slices.Concat(p.KME.Bytes(), p.Sig, p.RME.Bytes()))
+	var needles []memscan.Needle
+	for range 17 {
+		low := power.FillBytes(make([]byte, lot.Size()))
+		slices.Reverse(low) // as math/big has it in memory
+		needles = append(needles, memory.Take(low[:64]))
+		clear(low)
+		power = new(big.Int).Exp(power, big.NewInt(2), lot.N)
+	}
+	before := memory.Find(needles) // what this test has left of them
+	must[[]byte](t)(kme.SuiteECDSA.Encrypt(&lot.PublicKey, &p))
+	for i, after := range memory.Find(needles) {
+		if after > before[i] {
+			t.Errorf("m^(2^%d) is left at %d places", i, after-before[i])
 		}
 	}
 }

@@ -50,22 +50,21 @@ func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return power(m, lot.N).FillBytes(make([]byte, PayloadSize(lot))), nil
 }
 
-// power is m^65537 mod n. math/big wipes nothing, so that what it is given to raise is m^8 mod n, of which nobody finds
-// m.
+// power is m^65537 mod n. math/big wipes nothing, and whoever has the result and any m^(2^i) mod n finds m: so each of
+// these is made here, and wiped when the next is there.
 func power(m []byte, n *big.Int) *big.Int {
-	x := new(big.Int).SetBytes(m)
-	y := new(big.Int).SetBytes(m)
-	for range 3 {
-		square := new(big.Int).Mul(y, y)
-		quotient, rest := new(big.Int).QuoRem(square, n, new(big.Int))
-		wipe(y, square, quotient)
-		y = rest
+	times := func(a, b *big.Int) *big.Int {
+		product := new(big.Int).Mul(a, b)
+		quotient, rest := new(big.Int).QuoRem(product, n, new(big.Int))
+		wipe(a, product, quotient)
+		return rest
 	}
-	y.Exp(y, big.NewInt(PublicExponent>>3), n)
-	product := y.Mul(y, x)
-	quotient, c := new(big.Int).QuoRem(product, n, new(big.Int))
-	wipe(x, product, quotient)
-	return c
+	x, y := new(big.Int).SetBytes(m), new(big.Int).SetBytes(m)
+	defer wipe(x)
+	for range 16 {
+		y = times(y, y)
+	}
+	return times(y, x)
 }
 
 func wipe(all ...*big.Int) {
