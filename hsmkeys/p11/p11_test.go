@@ -185,6 +185,8 @@ func TestOpenRefuses(t *testing.T) {
 		"no PIN":       {base, "pin-source"},
 		"missing PIN":  {base + "&pin-source=file:/nowhere/pin", "/nowhere/pin"},
 		"relative PIN": {base + "&pin-source=pin", "absolute"},
+		"PIN itself":   {base + "&pin-source=" + tok.PIN, "absolute"},
+		"PIN as file":  {base + "&pin-source=file:" + tok.PIN, "absolute"},
 		"empty PIN":    {base + "&pin-source=" + file("empty", "\n", 0o600), "empty"},
 		"open PIN":     {base + "&pin-source=" + file("open", tok.PIN, 0o644), "chmod 0600"},
 		"PIN folder":   {base + "&pin-source=file:" + dir, "is a folder: name the file in it"},

@@ -102,7 +102,8 @@ func ReadPIN(source string) (_ PIN, err error) {
 		path = p
 	}
 	if !filepath.IsAbs(path) {
-		return "", fmt.Errorf("the pin-source %q is neither file:/path nor an absolute path", source)
+		// It may be the PIN itself.
+		return "", errors.New("the pin-source is neither file:/path nor an absolute path")
 	}
 	switch info, err := os.Stat(path); {
 	case err != nil:
