@@ -15,8 +15,10 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/mattn/go-sqlite3"
 
@@ -330,6 +332,12 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	if len(note) > 200 {
 		return refuse("the note has 200 bytes at most")
 	}
+	note = strings.Map(func(r rune) rune { // whoever reads it may have a terminal
+		if unicode.IsControl(r) {
+			return ' '
+		}
+		return r
+	}, note)
 	l, err := d.lot(name)
 	if err != nil {
 		return err

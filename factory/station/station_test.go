@@ -233,8 +233,13 @@ func TestOverdue(t *testing.T) {
 		!strings.Contains(err.Error(), "by station B") {
 		t.Errorf("a report about a device that another has now: %v", err)
 	}
-	if err := d.Report(ctx, "B", "L1", second, Injected, ""); err != nil {
+	if err := d.Report(ctx, "B", "L1", second, Injected, "\x1b[2J done\n"); err != nil {
 		t.Error(err)
+	}
+	for line, err := range Report(ctx, s.State, s.manifest) { // at a terminal
+		if err != nil || line.IMEI == second && line.Note != " [2J done " {
+			t.Errorf("%+v, %v", line, err)
+		}
 	}
 	// What was out when the process ended has its full time again, and no more.
 	must(d.Next(ctx, "A", "L1"))
