@@ -332,6 +332,31 @@ func TestHealthAndMetrics(t *testing.T) {
 
 const health = "/grpc.health.v1.Health/Check"
 
+// A client's rate is also that of what is no call: the counts, and what can be called.
+func TestRateOfOthers(t *testing.T) {
+	for method, path := range map[string]string{"GET": "/metrics",
+		"POST": "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"} {
+		handler := NewHandler(Options{
+			Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
+				Log: slog.New(slog.DiscardHandler)}),
+			Clients: everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}, Rate: 0.001}),
+			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
+		})
+		var reasons []string
+		for range 2 {
+			r := httptest.NewRequest(method, path, nil)
+			r.Header.Set("Content-Type", "application/grpc")
+			r.ProtoMajor = 2
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, r)
+			reasons = append(reasons, w.Header().Get(kme.ReasonHeader))
+		}
+		if !slices.Equal(reasons, []string{"", string(kme.Overloaded)}) {
+			t.Errorf("%s: refused with %q", path, reasons)
+		}
+	}
+}
+
 // Nothing that a client asks for, whatever its role, is read into memory at any length.
 func TestLongRequests(t *testing.T) {
 	handler := NewHandler(Options{

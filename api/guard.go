@@ -44,7 +44,7 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	ctx, err := g.may(ctx, procedure, message)
 	if err == nil && clientOf(ctx).tooMany() {
-		err = overloaded("this client calls more often than it may")
+		err = tooOften()
 	}
 	return ctx, err
 }
@@ -63,9 +63,11 @@ func (g *guard) may(ctx context.Context, procedure string, message any) (context
 	return as(ctx, role), nil
 }
 
-func overloaded(message string) error {
+func overloaded(message string) *binding.Refusal {
 	return &binding.Refusal{Reason: kme.Overloaded, Message: message}
 }
+
+func tooOften() *binding.Refusal { return overloaded("this client calls more often than it may") }
 
 // imsiOf is the IMSI that a message names, for the log.
 func imsiOf(message any) []any {
@@ -77,27 +79,36 @@ func imsiOf(message any) []any {
 	return nil
 }
 
-// only serves clients that have one of some roles.
+// only serves clients that have one of some roles, as often as they may call.
 func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		role := clientOf(r.Context()).as(some...)
+		var refusal *binding.Refusal
 		if role == "" {
-			g.service.Refused(r.Context(), notAllowed(), callOf(r.URL.Path)...)
-			g.deny(w, r)
+			refusal = notAllowed()
+		} else if clientOf(r.Context()).tooMany() {
+			refusal = tooOften()
+		}
+		if refusal != nil {
+			g.service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
+			g.deny(w, r, refusal)
 			return
 		}
 		next.ServeHTTP(w, r.WithContext(as(r.Context(), role)))
 	})
 }
 
-// deny tells a caller that it may not do that, in the protocol that it speaks.
-func (g *guard) deny(w http.ResponseWriter, r *http.Request) error {
-	refusal := toConnect(notAllowed())
-	setReason(w.Header(), refusal)
+// deny tells a caller that it may not do that, or not so often, in the protocol that it speaks.
+func (g *guard) deny(w http.ResponseWriter, r *http.Request, refusal *binding.Refusal) error {
+	told, code := toConnect(refusal), http.StatusForbidden
+	setReason(w.Header(), told)
 	if r.Method == http.MethodPost && g.errors != nil && g.errors.IsSupported(r) {
-		return g.errors.Write(w, r, refusal)
+		return g.errors.Write(w, r, told)
 	}
-	http.Error(w, notAllowed().Message, http.StatusForbidden)
+	if refusal.Reason == kme.Overloaded {
+		code = http.StatusTooManyRequests
+	}
+	http.Error(w, refusal.Message, code)
 	return nil
 }
 

@@ -12,15 +12,7 @@ import (
 // are.
 func For(role Role, service *binding.Service, clients *Clients, pages http.Handler) http.Handler {
 	g := &guard{service: service}
-	limited := g.only(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if clientOf(r.Context()).tooMany() {
-			refusal := refusalOf(overloaded("this client calls more often than it may"))
-			service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
-			http.Error(w, refusal.Message, http.StatusTooManyRequests)
-			return
-		}
-		pages.ServeHTTP(w, r)
-	}), role)
+	limited := g.only(pages, role)
 	return identify(clients, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		err := func() (err error) {
 			defer panics.Recover(&err)

@@ -121,7 +121,7 @@ func NewHandler(o Options) *Handler {
 			defer panics.Recover(&err)
 			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // nothing of its body is read
 				stranger(r.Context(), g.service, r.URL.Path)
-				return g.deny(w, r)
+				return g.deny(w, r, notAllowed())
 			}
 			mux.ServeHTTP(w, r)
 			return nil
