@@ -93,13 +93,16 @@ int parse(struct avp *a)
 	return 0;
 }
 
+/* On one way through them: a message has room for thousands. */
 void drop_all(msg_or_avp *parent, uint32_t vendor, uint32_t code)
 {
-	struct avp *a;
+	struct avp *a, *more;
 
-	while ((a = child(parent, vendor, code)))
+	for (a = child(parent, vendor, code); a; a = more) {
+		more = next(a, vendor, code);
 		if (fd_msg_free(a))
 			return;
+	}
 }
 
 int add_experimental(struct msg *m, uint32_t code)
