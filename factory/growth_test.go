@@ -193,7 +193,7 @@ func manyLots(t testing.TB, line *Line, n int) {
 			Ranges: []directory.Range{{TAC: tac, First: 0, Count: 100_000}}}
 		listed.names = append(listed.names, manifests[i].Lot)
 	}
-	read, write, err := sqlite.Open(t.Context(), line.state.path("published.db"), sqlconn.First(publishedSchema))
+	read, write, err := sqlite.Open(t.Context(), line.state.path(publishedFile), sqlconn.First(publishedSchema))
 	if err != nil {
 		t.Fatal(err)
 	}

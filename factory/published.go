@@ -10,6 +10,7 @@ import (
 	"iter"
 	"maps"
 	"math/big"
+	"os"
 	"slices"
 
 	"golang.org/x/sync/errgroup"
@@ -19,8 +20,10 @@ import (
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 )
 
-// publishedSchema is that of published.db, in the line's own folder: what a new lot is compared with, of each lot whose
-// manifest was verified once. A manifest never changes, and to verify a hundred thousand takes 20 s of CPU.
+// publishedFile is in the line's own folder: what a new lot is compared with, of each lot whose manifest was verified
+// once. A manifest never changes, and to verify a hundred thousand takes 20 s of CPU.
+const publishedFile = "published.db"
+
 const publishedSchema = `CREATE TABLE lot (
 	manufacturer TEXT NOT NULL,
 	lot          TEXT NOT NULL,
@@ -50,16 +53,11 @@ func moduli(lots []publishedLot) iter.Seq2[string, *big.Int] {
 // publishedLots gives all lots of the directory, and those that the line remembers and that are not there: otherwise,
 // with a wrong directory, their IMEIs would be given out twice. It reads only manifests that were not verified before.
 func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error) {
-	read, write, err := sqlite.Open(ctx, l.state.path("published.db"), sqlconn.First(publishedSchema))
-	if err != nil {
-		return nil, fmt.Errorf("the line's memory of its lots: %w", err)
-	}
-	defer func() { err = errors.Join(err, read.Close(), write.Close()) }()
-	known, err := l.knownLots(ctx, sqlconn.Conn{Operation: "the line's memory of its lots: read it",
-		DB: sqlconn.SQL{DB: read}})
+	known, write, err := l.state.knownLots(ctx, l.Manufacturer())
 	if err != nil {
 		return nil, err
 	}
+	defer func() { err = errors.Join(err, write.Close()) }()
 	names, err := l.store.List(ctx, "lots")
 	if errors.Is(err, fs.ErrNotExist) && len(known) == 0 {
 		err = nil // the directory is made with the line's first lot
@@ -100,9 +98,30 @@ func (l *Line) publishedLots(ctx context.Context) (all []publishedLot, err error
 	return slices.AppendSeq(all, maps.Values(known)), nil
 }
 
-func (l *Line) knownLots(ctx context.Context, db sqlconn.Conn) (map[string]publishedLot, error) {
-	known := map[string]publishedLot{}
-	return known, db.Each(ctx, func(scan func(...any) error) error {
+// Lots names the lots that the folder remembers of a manufacturer: all that were made here, and those that others had
+// made before the last of these.
+func (s State) Lots(ctx context.Context, manufacturer string) ([]string, error) {
+	if _, err := os.Stat(s.path(publishedFile)); errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	known, write, err := s.knownLots(ctx, manufacturer)
+	if err != nil {
+		return nil, err
+	}
+	return slices.Sorted(maps.Keys(known)), write.Close()
+}
+
+// knownLots are those that the folder remembers of a manufacturer, by their names.
+func (s State) knownLots(ctx context.Context, manufacturer string) (
+	known map[string]publishedLot, write *sqlite.Writer, err error,
+) {
+	read, write, err := sqlite.Open(ctx, s.path(publishedFile), sqlconn.First(publishedSchema))
+	if err != nil {
+		return nil, nil, fmt.Errorf("the line's memory of its lots: %w", err)
+	}
+	known = map[string]publishedLot{}
+	db := sqlconn.Conn{Operation: "the line's memory of its lots: read it", DB: sqlconn.SQL{DB: read}}
+	err = errors.Join(db.Each(ctx, func(scan func(...any) error) error {
 		var lot publishedLot
 		var ranges, modulus sql.RawBytes
 		if err := scan(&lot.lot, &ranges, &modulus); err != nil {
@@ -114,7 +133,11 @@ func (l *Line) knownLots(ctx context.Context, db sqlconn.Conn) (map[string]publi
 		lot.modulus = new(big.Int).SetBytes(modulus)
 		known[lot.lot] = lot
 		return nil
-	}, `SELECT lot, ranges, modulus FROM lot WHERE manufacturer = ?`, l.Manufacturer())
+	}, `SELECT lot, ranges, modulus FROM lot WHERE manufacturer = ?`, manufacturer), read.Close())
+	if err != nil {
+		return nil, nil, errors.Join(err, write.Close())
+	}
+	return known, write, nil
 }
 
 // remember keeps manifests that were verified; some are nil.

@@ -116,9 +116,14 @@ func (l *Line) RefreshAll(ctx context.Context, lots []string, validity time.Dura
 		if err != nil {
 			return nil, err
 		}
+		if lots, err = l.state.Lots(ctx, l.Manufacturer()); err != nil {
+			return nil, err // of those that the directory does not have, too
+		}
 		for _, m := range all {
 			lots = append(lots, m.Lot)
 		}
+		slices.Sort(lots)
+		lots = slices.Compact(lots)
 	}
 	done := []Refreshed{}
 	var failed error

@@ -276,7 +276,7 @@ func TestRevokedLot(t *testing.T) {
 		v.RevokedLots[0].Reason != "its key has leaked" {
 		t.Errorf("%+v", v)
 	}
-	if v = must(inspect.All(ctx, line.store, line.verifier, nil)); len(v.RevokedLots) != 1 {
+	if v = must(inspect.All(ctx, line.store, line.verifier, nil, nil)); len(v.RevokedLots) != 1 {
 		t.Errorf("%+v", v)
 	}
 	if err := line.Grant(ctx, "L2", "op", nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
@@ -300,7 +300,7 @@ func TestAudit(t *testing.T) {
 	line, _, _ := newLine(t)
 	audit := func() *inspect.Verification {
 		t.Helper()
-		v, err := inspect.All(t.Context(), line.store, line.verifier, nil)
+		v, err := inspect.All(t.Context(), line.store, line.verifier, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

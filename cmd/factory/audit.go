@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -25,7 +26,28 @@ func auditCommand() *cli.Command {
 	}
 }
 
-func audit(c *cli.Context) error { return verify(c, inspect.All) }
+func audit(c *cli.Context) error {
+	return verify(c, func(ctx context.Context, store directory.Store, v *directory.Verifier, report func(int)) (
+		*inspect.Verification, error) {
+		made, err := state(c).Lots(ctx, v.KeyID())
+		if err != nil {
+			return nil, err
+		}
+		found, err := inspect.All(ctx, store, v, made, report)
+		if err == nil && found.Lots == 0 && found.OK() {
+			if !dirExists(c.String("state")) { // so nobody knows what was made
+				return nil, errors.New("the directory has no lots: check --directory, and whether it is mounted")
+			}
+			noLots(c)
+		}
+		return found, err
+	})
+}
+
+// noLots says of a new line what it has no list of.
+func noLots(c *cli.Context) {
+	fmt.Fprintln(c.App.ErrWriter, "no lots yet: factory lot create makes one")
+}
 
 func verify(c *cli.Context, f func(context.Context, directory.Store, *directory.Verifier, func(devices int)) (
 	*inspect.Verification, error)) error {

@@ -34,6 +34,9 @@ func lotRefresh(c *cli.Context) error {
 		if failed != nil {
 			return failed
 		}
+		if len(done) == 0 {
+			noLots(c)
+		}
 		return cmdline.Print(c, map[string]any{"lots": done}, func(w io.Writer) {
 			for _, r := range done {
 				fmt.Fprintf(w, "the list of revoked devices of lot %s, version %d, is good until %s\n", r.Lot,

@@ -61,7 +61,14 @@ func lotList(c *cli.Context) error {
 		return err
 	}
 	lots := func(yield func(*overview.LotState, error) bool) {
+		none := true
+		defer func() {
+			if none {
+				noLots(c)
+			}
+		}()
 		for s, err := range o.Lots(c.Context) {
+			none = false
 			if err == nil {
 				warn(c, s)
 			}

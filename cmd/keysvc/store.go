@@ -35,10 +35,11 @@ func storeCommand() *cli.Command {
 			{
 				Name: "backup", Usage: "copy a store in SQLite to a file, while the service runs",
 				Description: "The copy has the state of one moment. All of it is read and verified before it takes " +
-					"the place of what is at --out; only its owner may read it. It has no keys: see keysvc backup " +
-					"for those. A store in PostgreSQL is copied by PostgreSQL's own tools: pg_dump, or pg_basebackup " +
-					"with a WAL archive.",
-				Flags:  storeFlags(&cli.StringFlag{Name: "out", Usage: "the `FILE` to write, or to replace"}),
+					"the place of an earlier backup at --out; no other file is replaced, and only its owner may read " +
+					"the backup. It has no keys: see keysvc backup for those. A store in PostgreSQL is copied by " +
+					"PostgreSQL's own tools: pg_dump, or pg_basebackup with a WAL archive.",
+				Flags: storeFlags(&cli.StringFlag{Name: "out",
+					Usage: "the `FILE` to write, or an earlier backup to replace"}),
 				Action: cmdline.Requiring(storeBackup, "out"),
 			},
 			{

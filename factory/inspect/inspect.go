@@ -94,9 +94,10 @@ func Lot(
 }
 
 // All checks all lots of a manufacturer as Lot does, without injection packages. It also compares lots with one
-// another: moduli that share a prime, ranges that overlap, a device key in two lots.
+// another: moduli that share a prime, ranges that overlap, a device key in two lots. And none of those that were made
+// may be missing.
 func All(
-	ctx context.Context, store directory.Store, verifier *directory.Verifier, report func(devices int),
+	ctx context.Context, store directory.Store, verifier *directory.Verifier, made []string, report func(devices int),
 ) (*Verification, error) {
 	v := newVerifying(store, verifier, report)
 	names, err := store.List(ctx, "lots")
@@ -113,10 +114,15 @@ func All(
 		if err != nil {
 			return nil, err
 		}
+		made = slices.DeleteFunc(made, func(lot string) bool { return lot == name })
 		if m == nil {
 			continue
 		}
 		all, moduli = append(all, m), append(moduli, m.PublicKey().N)
+	}
+	for _, lot := range made {
+		v.problem("lot %s was made, and the directory does not have it: check --directory, and whether it is mounted",
+			lot)
 	}
 	v.overlaps(all)
 	shared, err := weakkey.SharedFactors(ctx, moduli)

@@ -64,7 +64,8 @@ type LotState struct {
 	NoList     string                   `json:"no_revocations,omitempty"`
 }
 
-// Lots gives all lots.
+// Lots gives all lots, and an error at the end if the line's folder remembers others: then it is a wrong directory, or
+// one that was damaged.
 func (o *Overview) Lots(ctx context.Context) iter.Seq2[*LotState, error] {
 	return func(yield func(*LotState, error) bool) {
 		all, err := o.reader.Manifests(ctx)
@@ -76,6 +77,16 @@ func (o *Overview) Lots(ctx context.Context) iter.Seq2[*LotState, error] {
 			if s, err := o.lot(ctx, m); !yield(s, err) || err != nil {
 				return
 			}
+		}
+		made, err := o.state.Lots(ctx, o.verifier.KeyID())
+		for _, lot := range made {
+			if !slices.ContainsFunc(all, func(m *directory.Manifest) bool { return m.Lot == lot }) {
+				err = errors.Join(err, fmt.Errorf("lot %s was made, and the directory does not have it: check "+
+					"--directory, and whether it is mounted", lot))
+			}
+		}
+		if err != nil {
+			yield(nil, err)
 		}
 	}
 }

@@ -356,6 +356,9 @@ func flagsFirst(app *cli.App, args []string) []string {
 			continue
 		}
 		if name := strings.TrimLeft(a, "-"); len(a) > 1 && a[0] == '-' {
+			if a == "--help" || a == "-h" {
+				return slices.Concat(args[:1], words, []string{a}) // whatever else is there
+			}
 			flags = append(flags, a)
 			if takesValue[name] {
 				if i++; i == len(args) || isFlag(args[i]) {

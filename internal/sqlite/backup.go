@@ -20,8 +20,9 @@ import (
 
 // Backup copies the database at from, as it is at one moment, to the file to, for its owner only. Others may change the
 // database meanwhile. check looks at the copy before that takes the place of what was at to: when Backup fails, that is
-// as it was. A process that is killed meanwhile leaves a folder beside to, which the next backup to that file removes.
-// report is called with the pages copied so far, and with how many there are.
+// as it was. It replaces an earlier backup, and nothing else. A process that is killed meanwhile leaves a folder beside
+// to, which the next backup to that file removes. report is called with the pages copied so far, and with how many
+// there are.
 func Backup(
 	ctx context.Context, from, to string, report func(pages, of int), check func(copied string) error,
 ) (err error) {
@@ -35,6 +36,9 @@ func Backup(
 		} else if os.SameFile(own, there) || !there.Mode().IsRegular() {
 			return fmt.Errorf("a backup cannot take the place of %s, which is the database itself, or no file: give "+
 				"it another name", to)
+		}
+		if err := replaceable(ctx, from, to); err != nil {
+			return err
 		}
 	}
 	folder, remove, err := workFolder(to) // SQLite has more files beside a database
@@ -59,6 +63,31 @@ func Backup(
 		return err
 	}
 	return durable.SyncDir(filepath.Dir(to))
+}
+
+// replaceable fails unless the file to is an earlier backup of the database at from, that is, has no other tables than
+// that, and nobody has it open. An empty file has none.
+func replaceable(ctx context.Context, from, to string) error {
+	if _, err := os.Stat(to + "-wal"); err == nil {
+		return fmt.Errorf("%s is a database that is in use: name another file with --out", to)
+	}
+	err := withConn(ctx, from, "&_query_only=on", func(conn *sql.Conn, _ *sqlite3.SQLiteConn) error {
+		if _, err := conn.ExecContext(ctx, "ATTACH ? AS there", to); err != nil {
+			return err
+		}
+		var foreign int
+		err := conn.QueryRowContext(ctx, `SELECT COUNT(*) FROM there.sqlite_schema
+			WHERE name NOT IN (SELECT name FROM main.sqlite_schema)`).Scan(&foreign)
+		if err == nil && foreign > 0 {
+			err = errors.New("it is a database of something else")
+		}
+		return err
+	})
+	if err != nil {
+		err = fmt.Errorf("%s is there already, with another content than an earlier backup (%w): name another file "+
+			"with --out, or move that one away", to, err)
+	}
+	return err
 }
 
 // workFolder gives an empty folder beside a file, for this process alone. One that a process has left which was killed

@@ -56,9 +56,11 @@ func TestBackup(t *testing.T) {
 		t.Fatalf("%v, %v, looked at: %v", info, err, looked)
 	}
 	copied, w := open(t, to, pair)
-	defer w.Close()
 	if a, b := count(t, copied); a != at || b != at || steps < 2 {
 		t.Errorf("the backup has %d and %d rows after %d steps; there were %d when it began", a, b, steps, at)
+	}
+	if err := errors.Join(copied.Close(), w.Close()); err != nil {
+		t.Fatal(err)
 	}
 	// One that was killed has left its work; it is removed by the next one, and not while the first is still at it.
 	left := filepath.Join(dir, ".backup-backup")
@@ -84,6 +86,12 @@ func TestBackup(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	foreign, used, text := filepath.Join(dir, "db-other"), filepath.Join(dir, "db-used"), filepath.Join(dir, "db-text")
+	_, w = open(t, foreign, "CREATE TABLE mine (n INTEGER)")
+	if err := errors.Join(w.Close(), os.WriteFile(text, []byte("a grant, say"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	open(t, used, pair)
 	wrong := errors.New("wrong")
 	gone, cancel := context.WithCancel(t.Context())
 	nothing := func(int, int) {}
@@ -100,6 +108,9 @@ func TestBackup(t *testing.T) {
 		"onto a folder": func() error {
 			return Backup(t.Context(), path, dir, nothing, good)
 		},
+		"onto another's":   func() error { return Backup(t.Context(), path, foreign, nothing, good) },
+		"onto one in use":  func() error { return Backup(t.Context(), path, used, nothing, good) },
+		"onto no database": func() error { return Backup(t.Context(), path, text, nothing, good) },
 		"into no folder": func() error {
 			return Backup(t.Context(), path, filepath.Join(dir, "none", "b"), nothing, good)
 		},
