@@ -3,7 +3,6 @@ package api
 import (
 	"cmp"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"math"
 	"regexp"
@@ -121,14 +120,35 @@ type Clients struct {
 	byUID map[int]*Client
 }
 
-// NewClients checks a list of clients.
+// ClientErrors are what is wrong with a list of clients, of each that is not good.
+type ClientErrors []ClientError
+
+// A ClientError is what is wrong with one of a list.
+type ClientError struct {
+	Index int
+	error
+}
+
+func (e ClientErrors) Error() string {
+	lines := make([]string, len(e))
+	for i, one := range e {
+		lines[i] = one.Error()
+	}
+	return strings.Join(lines, "\n")
+}
+
+// NewClients checks a list of clients. Its error is ClientErrors.
 func NewClients(list []Client) (*Clients, error) {
 	c := &Clients{bySAN: map[string]*Client{}, byUID: map[int]*Client{}}
+	var wrong ClientErrors
 	for i := range list {
 		e := &list[i]
-		if err := c.add(e); err != nil {
-			return nil, fmt.Errorf("client %q: %w", cmp.Or(e.Name, e.SAN), err)
+		for _, err := range c.add(e) {
+			wrong = append(wrong, ClientError{Index: i, error: fmt.Errorf("client %q: %w", cmp.Or(e.Name, e.SAN), err)})
 		}
+	}
+	if len(wrong) > 0 {
+		return nil, wrong
 	}
 	known := plmns{}
 	for _, e := range list {
@@ -144,39 +164,48 @@ func NewClients(list []Client) (*Clients, error) {
 	return c, nil
 }
 
-func (c *Clients) add(e *Client) error {
+// add takes a client up, and says all that is wrong with it.
+func (c *Clients) add(e *Client) (wrong []error) {
+	no := func(format string, args ...any) { wrong = append(wrong, fmt.Errorf(format, args...)) }
+	if e.Name == "" {
+		no("it has no name, which the log calls it by")
+	}
 	switch {
-	case e.Name == "":
-		return errors.New("it has no name, which the log calls it by")
 	case (e.SAN == "") == (e.UID == nil):
-		return errors.New("it has either a san or a uid")
-	case e.UID != nil && *e.UID < 0:
-		return fmt.Errorf("uid is a number from 0 on, not %d", *e.UID)
-	case !(e.Rate >= 0 && e.Rate <= math.MaxInt32):
-		return fmt.Errorf("rate is a number of calls a second, or 0 for no limit, not %v", e.Rate)
-	case len(e.Roles) == 0:
-		return errors.New("it has no roles")
-	case len(e.PLMNs) == 0 && !slices.Equal(e.Roles, []Role{RoleMetrics}): // a client that names no IMSI needs none
-		return errors.New("it has no plmns: name them, or write [all]")
+		no("it has either a san or a uid")
+	case e.UID != nil && (*e.UID < 0 || *e.UID >= math.MaxUint32): // the last is nobody's (chown(2))
+		no("uid is a number from 0 to %d, not %d", uint32(math.MaxUint32-1), *e.UID)
 	case e.SAN != "" && c.bySAN[e.SAN] != nil || e.UID != nil && c.byUID[*e.UID] != nil:
-		return errors.New("another client has the same san or uid")
+		no("another client has the same san or uid")
+	case e.SAN != "":
+		c.bySAN[e.SAN] = e
+	default:
+		c.byUID[*e.UID] = e
+	}
+	if !(e.Rate >= 0 && e.Rate <= math.MaxInt32) {
+		no("rate is a number of calls a second, or 0 for no limit, not %v", e.Rate)
+	}
+	if len(e.Roles) == 0 {
+		no("it has no roles")
+	}
+	if len(e.PLMNs) == 0 && !slices.Equal(e.Roles, []Role{RoleMetrics}) { // a client that names no IMSI needs none
+		no("it has no plmns: name them, or write [all]")
 	}
 	for _, r := range e.Roles {
 		if !slices.Contains(roles, r) {
-			return fmt.Errorf("there is no role %q: hss, eir, admin, monitor, metrics, kme-export", r)
+			no("there is no role %q: hss, eir, admin, monitor, metrics, kme-export", r)
 		}
 	}
 	for _, p := range e.PLMNs {
 		if p != all && !isPLMN(p) {
-			return fmt.Errorf("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
+			no("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
 		}
 	}
 	for i, p := range e.ProvisionFrom {
 		o, err := kme.ParseOrigin(p)
 		name := strings.TrimPrefix(o.String(), "*.")
 		if err != nil || name == "" || strings.Contains(name, "*") || isDigits(name) && !isPLMN(p) {
-			return fmt.Errorf("provision_from has %q, which is none of home, any, MCC and MNC, the name of a host "+
-				"and *.SUFFIX", p)
+			no("provision_from has %q, which is none of home, any, MCC and MNC, the name of a host and *.SUFFIX", p)
 		}
 		e.ProvisionFrom[i] = o.String()
 	}
@@ -186,12 +215,7 @@ func (c *Clients) add(e *Client) error {
 	if e.Rate > 0 {
 		e.limit = rate.NewLimiter(rate.Limit(e.Rate), max(int(e.Rate), 1))
 	}
-	if e.SAN != "" {
-		c.bySAN[e.SAN] = e
-	} else {
-		c.byUID[*e.UID] = e
-	}
-	return nil
+	return wrong
 }
 
 // OtherUsers says whether clients are known by another user than own, and so whether those are to reach the socket.

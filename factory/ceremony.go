@@ -121,7 +121,7 @@ func (s State) writeMinutes(signer *directory.Signer, m Minutes) (path string, e
 		return "", err
 	}
 	dir := s.path("minutes")
-	if err := durable.MkdirAll(dir, 0o755); err != nil {
+	if err := durable.Mkdir(dir, 0o755); err != nil {
 		return "", err
 	}
 	name := m.Time.Format("20060102T150405.000Z-") + strings.ReplaceAll(m.Ceremony, " ", "-") + ".jws"

@@ -88,7 +88,7 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		return Progress{}, err
 	}
 	dir := filepath.Join(o.Out, lot)
-	if err := durable.MkdirAll(dir, 0o700); err != nil {
+	if err := cmp.Or(durable.Mkdir(o.Out, 0o700), durable.Mkdir(dir, 0o700)); err != nil {
 		return Progress{}, fmt.Errorf("the folder for the injection packages cannot be made: %w", err)
 	}
 	// Two processes would each make keys for a shard, and the package of one would replace that of the other.

@@ -187,7 +187,7 @@ func (s State) recordSeal(lot string) error {
 	if t, err := s.Sealed(lot); err != nil || !t.IsZero() {
 		return err
 	}
-	if err := durable.MkdirAll(s.path("sealed"), 0o755); err != nil {
+	if err := durable.Mkdir(s.path("sealed"), 0o755); err != nil {
 		return err
 	}
 	return durable.WriteFile(s.path("sealed", lot), []byte(time.Now().UTC().Format(time.RFC3339)+"\n"), 0o644)

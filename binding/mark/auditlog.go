@@ -101,7 +101,7 @@ func (a *auditLog) next(ctx context.Context) ([]binding.Line, error) {
 
 // begin reads up to where the folder goes. Of one that has nothing, that is where the ledger is now.
 func (a *auditLog) begin(ctx context.Context) (*binding.Mark, error) {
-	if err := durable.MkdirAll(a.dir, 0o700); err != nil {
+	if err := durable.Mkdir(a.dir, 0o700); err != nil {
 		return nil, err
 	}
 	files, err := auditLogFiles(a.dir)

@@ -32,6 +32,9 @@ func vaultSetup(c *cli.Context) error {
 	if mount == "" {
 		return usage.Errorf("--directory vault:MOUNT says which mount to set up")
 	}
+	if err := directories.CheckVault(); err != nil {
+		return err
+	}
 	client, err := vaultstore.Connect(c.Context, cmdline.VaultLogin(c), cmdline.StderrLog(c))
 	if err != nil {
 		return directories.LoginError(err)

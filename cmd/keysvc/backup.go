@@ -100,7 +100,7 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := operator.WriteFile(out, b.Data); err != nil {
+	if err := durable.WriteNew(out, b.Data, 0o644); err != nil {
 		return err
 	}
 	result := map[string]any{"thumbprint": b.Thumbprint, "out": out, "token": b.Token, "keys": b.Keys}

@@ -58,6 +58,9 @@ func (s *Store) place(ctx context.Context, path string, data []byte) (string, er
 	if err != nil {
 		return "", err
 	}
+	if err := durable.Mkdir(s.dir, 0o755); err != nil {
+		return "", cannotWrite(path, err)
+	}
 	if err := durable.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 		return "", cannotWrite(path, err)
 	}
@@ -135,9 +138,13 @@ func readAll(file string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, directory.MaxObject+1))
 }
 
-// gone fails if the folder of all objects is not there: then it is not known what is published.
+// gone fails if the folder of all objects is not there: then it is not known what is published. The error is not
+// fs.ErrNotExist if the folder could not be made.
 func (s *Store) gone() error {
 	_, err := os.Stat(s.dir)
+	if err := durable.CanMkdir(s.dir); err != nil {
+		return fmt.Errorf("the directory's folder: %w", err)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("the directory's folder %s is not there: check its name, and whether it is mounted: %w", s.dir,
 			fs.ErrNotExist)

@@ -71,6 +71,16 @@ func TestNoFolder(t *testing.T) {
 		t.Fatal(err)
 	}
 	check()
+	deep := openStore(t, filepath.Join(dir, "typo", "deep"))
+	_, listed := deep.List(t.Context(), "lots")
+	for _, err := range []error{listed, deep.Create(t.Context(), "lots/L1/manifest", []byte("x"))} {
+		if err == nil || errors.Is(err, fs.ErrNotExist) || !strings.Contains(err.Error(), "there is no folder") {
+			t.Errorf("a folder that could not be made: %v", err)
+		}
+	}
+	if _, err := os.Stat(dir); err == nil {
+		t.Error("its parents were made")
+	}
 }
 
 func TestFolder(t *testing.T) {

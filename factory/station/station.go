@@ -118,7 +118,7 @@ type handedOut struct {
 // starts again.
 func Open(ctx context.Context, o Options) (*Desk, error) {
 	dir := filepath.Join(o.State, "station")
-	if err := durable.MkdirAll(dir, 0o700); err != nil {
+	if err := durable.Mkdir(dir, 0o700); err != nil {
 		return nil, err
 	}
 	unlock, err := durable.Lock(dir)

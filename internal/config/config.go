@@ -22,7 +22,7 @@ type Setting[C any] struct {
 	Example string // in the place of the default in the help
 	Help    string
 	Rule    string          // what it may be, where that is not all that its type has
-	OK      func(c *C) bool // says whether it keeps to the rule
+	OK      func(c *C) bool // says whether it keeps to the rule; asked if it is given
 	Secret  bool            // its value may have a password or a PIN in it: no error shows it
 }
 
@@ -102,7 +102,7 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 		r.Add("", err.Error(), "")
 	}
 	for _, set := range s.Settings {
-		if set.OK != nil && r.Good(set.Name) && !set.OK(c) {
+		if set.OK != nil && r.lines[set.Name] != 0 && r.Good(set.Name) && !set.OK(c) {
 			d.notAllowed(set.Name, "", fmt.Sprint(field(v, set.Name)))
 		}
 	}

@@ -45,7 +45,8 @@ func read(t *testing.T, text string, given Given) (*settings, *Report) {
 
 // All that is wrong is said at once, in the order of the file.
 func TestAllProblems(t *testing.T) {
-	_, r := read(t, "time: 5\ntext: c\ntmies: [a]\nkey: x\ntls:\n  keys: y\ncount: 1.5\ncount: 2\nzebra: 1\n", nil)
+	_, r := read(t, "time: 5\ntext: c\ntmies: [a]\nkey: x\ntls:\n  keys: y\ncount: 1.5\ncount: 2\nzebra: 1\n"+
+		"file:\n", nil)
 	want := []string{
 		`line 1: time is a time, such as 5m, not "5": it has no unit: write 5s, 5m or 5h`,
 		`line 2: text is a or b, not "c"`,
@@ -55,6 +56,7 @@ func TestAllProblems(t *testing.T) {
 		`line 7: count is a whole number, not "1.5"`,
 		`line 8: count is there twice: keep one of them`,
 		`line 9: there is no setting zebra: see p check --help`,
+		`line 10: file is empty: give it a value, or take it out`,
 	}
 	var got []string
 	for _, p := range r.Problems() {
@@ -201,7 +203,7 @@ func TestServerTLS(t *testing.T) {
 		{"it expires soon", soon, soonKey, good, "warning tls.certificate: " + own + soon + " expires at"},
 		{"it has expired", past, pastKey, good, "tls.certificate: " + own + past + " has expired at"},
 		{"it is not good yet", late, lateKey, good, "tls.certificate: " + own + late + " is not good before"},
-		{"it is a client's", theirs, theirsKey, good, "tls.certificate: " + own + theirs + " is not for a server"},
+		{"it is a client's", theirs, theirsKey, good, "tls.certificate: " + own + theirs + " is not for a server: its"},
 		{"it is a client's too", both, bothKey, good, ""},
 		{"another's key", good, soonKey, good, "tls.key: the key " + soonKey + " is not that of"},
 		{"a key that is none", good, good, good, "tls.key: " + good + " holds no private key"},
@@ -244,10 +246,14 @@ func TestPlaces(t *testing.T) {
 		t.Fatal(err)
 	}
 	var r Report
-	r.Address("listen", l.Addr().String())
+	at := func(setting, address string) { r.Addresses(Address{Setting: setting, At: address}) }
+	at("a", l.Addr().String())
 	l.Close()
-	r.Address("listen", l.Addr().String())
-	r.Address("listen", "192.0.2.1:0")
+	at("b", l.Addr().String())
+	at("c", "192.0.2.1:0")
+	at("c", "192.0.2.1:0") // which is known already
+	at("d", "")
+	at("e", "no.such.host.invalid:0")
 	dir := t.TempDir()
 	r.Parent("store", "the database", filepath.Join(dir, "a/b/c.db"))
 	file := filepath.Join(dir, "file")
@@ -258,10 +264,54 @@ func TestPlaces(t *testing.T) {
 	r.Folder("directory", "the directory", dir, "")
 	r.Folder("directory", "the directory", file, "")
 	r.Folder("directory", "the directory", filepath.Join(dir, "none"), "")
-	for i, want := range []string{"another process listens at " + l.Addr().String(), "is no address of this machine",
-		"the database " + file + "/c.db cannot be made", file + " is no folder", "none cannot be opened"} {
-		if all := r.Problems(); len(all) != 5 || !strings.Contains(all[i].What, want) {
+	r.Made("socket", "the folder", dir)
+	r.Made("socket", "the folder", filepath.Join(dir, "a"))
+	r.Made("socket", "the folder", filepath.Join(dir, "a/b"))
+	r.Made("socket", "the folder", file)
+	r.Made("socket", "the folder", filepath.Join(file, "a"))
+	for i, want := range []string{"a: " + l.Addr().String() + " is in use (ss -ltnp shows by whom)",
+		"c: 192.0.2.1:0 is no address of this machine", "e: the host of no.such.host.invalid:0 is not known",
+		"the database " + file + "/c.db cannot be made", file + " is no folder", "none cannot be opened",
+		"the folder: there is no folder " + dir + "/a to make b in", "the folder: " + file + " is a file",
+		"the folder: " + file + " is a file"} {
+		if all := r.Problems(); len(all) != 9 || !strings.Contains(all[i].String(), want) {
 			t.Fatalf("%v\nhave no %s", fmt.Sprint(all), want)
 		}
+	}
+}
+
+// Two settings that are one address are named both, before anybody listens.
+func TestDistinct(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		same bool
+	}{
+		{"127.0.0.1:8443", "127.0.0.1:8443", true}, {":8443", "127.0.0.1:8443", true},
+		{"[::1]:8443", "0.0.0.0:8443", true}, {"127.0.0.1:8443", "[::]:8443", true},
+		{"localhost:8443", "127.0.0.1:8443", true}, {"127.0.0.1:8443", "127.0.0.1:08443", true},
+		{"127.0.0.1:8443", "127.0.0.1:8444", false}, {"127.0.0.1:8443", "127.0.0.2:8443", false},
+		{"127.0.0.1:0", "127.0.0.1:0", false}, {"", "", false}, {"", "127.0.0.1:8443", false}, {"x", "x", false},
+	} {
+		var r Report
+		r.Distinct(Address{Setting: "a", At: c.a}, Address{Setting: "b", At: c.b})
+		if (r.Err() != nil) != c.same || c.same && !strings.Contains(r.Err().Error(), "a "+c.a+" and b "+c.b) {
+			t.Errorf("%s, %s: %v", c.a, c.b, r.Err())
+		}
+	}
+}
+
+// An address that nobody can have is none.
+func TestAddress(t *testing.T) {
+	for text, want := range map[string][3]bool{ // to listen at; to be reached at; as a URL's
+		"h:1": {true, true, true}, "127.0.0.1:0": {true, false, true}, ":8443": {true, false, false},
+		"[::1]:65535": {true, true, true}, "h:65536": {}, "h:99999": {}, "h:-1": {}, "h": {false, false, true}, "": {},
+		"h:": {false, false, true}, "::1:1": {}, "h:x1": {}, " h:1": {true, true, false},
+	} {
+		if got := [3]bool{IsAddress(text), IsReachable(text), IsURL("https://"+text, "http", "https")}; got != want {
+			t.Errorf("%q: %v, want %v", text, got, want)
+		}
+	}
+	if IsURL("ftp://h", "http", "https") || IsURL("h:1", "http") {
+		t.Error("another scheme")
 	}
 }

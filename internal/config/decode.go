@@ -161,6 +161,10 @@ func (d decoder) value(name string, n *yaml.Node, to, all reflect.Value) {
 		}
 		return
 	}
+	if to.Kind() == reflect.String && n.Kind == yaml.ScalarNode && (n.Value == "" || n.ShortTag() == "!!null") {
+		d.Add(name, name+" is empty", "give it a value, or take it out")
+		return
+	}
 	// Yaml cuts a fraction off.
 	fraction := n.ShortTag() == "!!float" && to.Kind() != reflect.Float64 && to.Kind() != reflect.String
 	if fraction || n.Decode(to.Addr().Interface()) != nil {

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 // expiresSoon is how long before its end a certificate is worth a warning, but a third of its life at most.
@@ -59,7 +61,7 @@ func (r *Report) Folder(setting, what, path, remedy string) {
 	}
 }
 
-// Parent finds out whether the folder of a file that will be made is one, or can be made.
+// Parent finds out whether the folder of a file that init will make is one, or can be made.
 func (r *Report) Parent(setting, what, path string) {
 	dir := filepath.Dir(path)
 	for !exists(dir) && dir != filepath.Dir(dir) {
@@ -68,6 +70,13 @@ func (r *Report) Parent(setting, what, path string) {
 	if info, err := os.Stat(dir); err != nil || !info.IsDir() {
 		r.Add(setting, fmt.Sprintf("%s %s cannot be made: %s is no folder that can be opened", what, path, dir),
 			"name another place")
+	}
+}
+
+// Made finds out whether a folder is one, or can be made by who is not init.
+func (r *Report) Made(setting, what, dir string) {
+	if err := durable.CanMkdir(dir); err != nil {
+		r.Add(setting, fmt.Sprintf("%s: %v", what, err), "")
 	}
 }
 
@@ -80,7 +89,7 @@ func (r *Report) Token(setting, uri string) {
 
 // PIN finds out whether the PIN that a token's URI names can be read.
 func (r *Report) PIN(setting, uri string) {
-	if !r.Good(setting) {
+	if hsmkeys.CheckURI(uri) != nil {
 		return
 	}
 	if err := hsmkeys.CheckPIN(uri); err != nil {
@@ -88,22 +97,82 @@ func (r *Report) PIN(setting, uri string) {
 	}
 }
 
-// Address finds out whether a TCP address can be had. What runs already has its own.
-func (r *Report) Address(setting, address string) {
-	l, err := net.Listen("tcp", address)
-	if err == nil {
-		l.Close()
-		return
+// IsAddress says whether a text is HOST:PORT, for a server to listen at.
+func IsAddress(text string) bool {
+	_, port, err := net.SplitHostPort(text)
+	return err == nil && isPort(port)
+}
+
+// IsReachable says whether a text is HOST:PORT, for others to reach it at.
+func IsReachable(text string) bool {
+	host, port, err := net.SplitHostPort(text)
+	return err == nil && host != "" && port != "0" && isPort(port)
+}
+
+// IsURL says whether a text is SCHEME://HOST or SCHEME://HOST:PORT, with or without more, in one of some schemes.
+func IsURL(text string, schemes ...string) bool {
+	u, err := url.Parse(text)
+	return err == nil && slices.Contains(schemes, u.Scheme) && u.Hostname() != "" &&
+		(u.Port() == "" || isPort(u.Port()))
+}
+
+func isPort(text string) bool {
+	_, err := net.LookupPort("tcp", text)
+	return text != "" && err == nil
+}
+
+// An Address is where a setting says to listen; empty for nowhere.
+type Address struct{ Setting, At string }
+
+// Distinct reports addresses that are the same, or one of which has the other in it.
+func (r *Report) Distinct(all ...Address) {
+	for i, a := range all {
+		for _, b := range all[:i] {
+			if overlap(a.At, b.At) {
+				r.Add(a.Setting, fmt.Sprintf("%s %s and %s %s are one address", b.Setting, b.At, a.Setting, a.At),
+					"choose another port for one of them")
+			}
+		}
 	}
-	remedy := ""
-	if errors.Is(err, syscall.EADDRINUSE) {
-		remedy = Running
+}
+
+func overlap(a, b string) bool {
+	if a == "" || b == "" {
+		return false
 	}
-	r.Add(setting, notHad(address, err).Error(), remedy)
+	one, err := net.ResolveTCPAddr("tcp", a)
+	if err != nil {
+		return false
+	}
+	two, err := net.ResolveTCPAddr("tcp", b)
+	if err != nil || one.Port != two.Port || one.Port == 0 {
+		return false
+	}
+	every := func(ip net.IP) bool { return ip == nil || ip.IsUnspecified() }
+	return every(one.IP) || every(two.IP) || one.IP.Equal(two.IP)
+}
+
+// Addresses finds out whether TCP addresses can be had. What runs already has its own.
+func (r *Report) Addresses(all ...Address) {
+	for _, a := range all {
+		if a.At == "" || !r.Good(a.Setting) {
+			continue
+		}
+		l, err := net.Listen("tcp", a.At)
+		switch {
+		case err == nil:
+			l.Close()
+		case errors.Is(err, syscall.EADDRINUSE):
+			r.Add(a.Setting, fmt.Sprintf("%s: %s is in use (ss -ltnp shows by whom)", a.Setting, a.At),
+				"choose another port, or stop who has it; "+Running)
+		default:
+			r.Add(a.Setting, fmt.Sprintf("%s: %v", a.Setting, notHad(a.At, err)), "")
+		}
+	}
 }
 
 // Running is the remedy for an address that the program itself may have.
-const Running = "if that is the service itself, check with --running"
+const Running = "if that is this configuration's own service, check with --running"
 
 // Listen says what to do about an address that cannot be had.
 func Listen(address string) (net.Listener, error) {
@@ -111,8 +180,11 @@ func Listen(address string) (net.Listener, error) {
 	return l, notHad(address, err)
 }
 
-// SocketFree refuses a Unix socket that somebody serves.
+// SocketFree refuses a Unix socket that somebody serves, and what is none.
 func SocketFree(path string) error {
+	if info, err := os.Stat(path); err == nil && info.Mode()&os.ModeSocket == 0 {
+		return fmt.Errorf("%s is there, and no socket: move it away, or choose another path", path)
+	}
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		return nil
@@ -131,6 +203,10 @@ func notHad(address string, err error) error {
 	case errors.Is(err, syscall.EACCES):
 		return fmt.Errorf("this user may not listen at %s: choose a port above 1023", address)
 	}
+	if _, ok := errors.AsType[*net.DNSError](err); ok {
+		return fmt.Errorf("the host of %s is not known (getent hosts shows what is): choose an address of this machine",
+			address)
+	}
 	return err
 }
 
@@ -144,10 +220,7 @@ func (r *Report) ServerTLS(prefix, certificate, key, clientCA string) {
 			r.Add(prefix+"certificate", own+" "+err.Error(), "write it anew")
 		} else {
 			r.dates(prefix+"certificate", own+" "+certificate, chain[0])
-			if !forServers(chain[0]) {
-				r.Add(prefix+"certificate", own+" "+certificate+" is not for a server (extended key usage)",
-					"have one made with serverAuth")
-			}
+			r.Purpose(prefix+"certificate", own+" "+certificate, chain[0], x509.ExtKeyUsageServerAuth)
 		}
 		private := r.Secret(prefix+"key", "the key of the server's certificate,", key)
 		if err == nil && private != nil {
@@ -156,21 +229,42 @@ func (r *Report) ServerTLS(prefix, certificate, key, clientCA string) {
 	} else {
 		r.Secret(prefix+"key", "the key of the server's certificate,", key)
 	}
-	if data := r.File(prefix+"client_ca", "the clients' CA", clientCA); data != nil {
-		all, err := parseCertificates(clientCA, data)
-		if err != nil {
-			r.Add(prefix+"client_ca", "the clients' CA "+err.Error(), "write it anew")
-		}
-		for _, ca := range all {
-			r.dates(prefix+"client_ca", fmt.Sprintf("the clients' CA %s (%s)", clientCA, ca.Subject), ca)
-		}
+	r.Authority(prefix+"client_ca", "the clients' CA", clientCA)
+}
+
+// Authority finds what is wrong with a file of certificates of CAs.
+func (r *Report) Authority(setting, what, path string) {
+	data := r.File(setting, what, path)
+	if data == nil {
+		return
+	}
+	all, err := parseCertificates(path, data)
+	if err != nil {
+		r.Add(setting, what+" "+err.Error(), "write it anew")
+	}
+	for _, ca := range all {
+		r.dates(setting, fmt.Sprintf("%s %s (%s)", what, path, ca.Subject), ca)
 	}
 }
 
-// forServers says whether clients take a certificate for a server's (RFC 5280 section 4.2.1.12).
-func forServers(c *x509.Certificate) bool {
-	return len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 || slices.ContainsFunc(c.ExtKeyUsage,
-		func(u x509.ExtKeyUsage) bool { return u == x509.ExtKeyUsageServerAuth || u == x509.ExtKeyUsageAny })
+// Purpose finds out whether a certificate may be used as a server's, or as a client's.
+func (r *Report) Purpose(setting, what string, c *x509.Certificate, usage x509.ExtKeyUsage) {
+	if err := CheckPurpose(c, usage); err != nil {
+		r.Add(setting, fmt.Sprintf("%s %v", what, err), "have one made that is")
+	}
+}
+
+// CheckPurpose fails unless a certificate is for servers, or clients. One without extended key usages is for all (RFC
+// 5280, 4.2.1.12). Its errors go on from the name of what the certificate is.
+func CheckPurpose(c *x509.Certificate, usage x509.ExtKeyUsage) error {
+	if len(c.ExtKeyUsage)+len(c.UnknownExtKeyUsage) == 0 || slices.Contains(c.ExtKeyUsage, usage) ||
+		slices.Contains(c.ExtKeyUsage, x509.ExtKeyUsageAny) {
+		return nil
+	}
+	if usage == x509.ExtKeyUsageServerAuth {
+		return errors.New("is not for a server: its extendedKeyUsage has no serverAuth")
+	}
+	return errors.New("is not for a client: its extendedKeyUsage has no clientAuth")
 }
 
 // dates finds what is wrong with the time that a certificate is good for.

@@ -2,6 +2,7 @@ package config
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 )
 
@@ -30,6 +31,9 @@ func ClientTLS(certificate, key, serverCA string) (*tls.Config, error) {
 	own, err := tls.LoadX509KeyPair(certificate, key)
 	if err != nil {
 		return nil, fmt.Errorf("the client's certificate: %w", err)
+	}
+	if err := CheckPurpose(own.Leaf, x509.ExtKeyUsageClientAuth); err != nil {
+		return nil, fmt.Errorf("the client's certificate %s %w", certificate, err)
 	}
 	pool, err := Certificates(serverCA)
 	if err != nil {

@@ -1,6 +1,7 @@
 package custody
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -113,7 +114,7 @@ func SplitOfficerPIN(
 	}
 	split = &shares[0].Split.Split
 	dir = filepath.Join(dir, "so-"+split.ID)
-	if err := durable.MkdirAll(dir, 0o700); err != nil {
+	if err := cmp.Or(durable.Mkdir(filepath.Dir(dir), 0o700), durable.Mkdir(dir, 0o700)); err != nil {
 		return nil, nil, err
 	}
 	for i, s := range shares {

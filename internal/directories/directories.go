@@ -3,6 +3,7 @@ package directories
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
+	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/vaultstore"
 )
@@ -56,6 +58,9 @@ func Open(
 	if kind == "file" {
 		return filestore.Open(where)
 	}
+	if err := CheckVault(); err != nil {
+		return nil, err
+	}
 	client, err := vaultstore.Connect(ctx, login, log)
 	if err != nil {
 		return nil, LoginError(err)
@@ -69,6 +74,18 @@ func LoginError(err error) error {
 		return usage.Mark(err)
 	}
 	return err
+}
+
+// CheckVault refuses a client's certificate in the environment that Vault would refuse without saying why. If it cannot
+// be read, vaultstore.Connect says so.
+func CheckVault() error {
+	path := os.Getenv("VAULT_CLIENT_CERT")
+	if chain, err := config.ReadCertificates(path); err == nil {
+		if err := config.CheckPurpose(chain[0], x509.ExtKeyUsageClientAuth); err != nil {
+			return usage.Errorf("the environment for Vault: the certificate %s %w", path, err)
+		}
+	}
+	return nil
 }
 
 // Absolute is the same directory by a name that does not depend on the working folder.

@@ -1,9 +1,20 @@
 package directories
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"math/big"
+	"os"
+	"path/filepath"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 func TestMain(m *testing.M) { testproc.Main(m.Run) }
@@ -30,6 +41,23 @@ func TestNames(t *testing.T) {
 		}
 		if got := Mount(name); got != want.mount {
 			t.Errorf("%s: mount %q", name, got)
+		}
+	}
+}
+
+// A certificate that is for servers alone is not shown to Vault. One that is not there is for Vault's client to say.
+func TestCheckVault(t *testing.T) {
+	key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	path := filepath.Join(t.TempDir(), "c.pem")
+	t.Setenv("VAULT_CLIENT_CERT", path)
+	must.Do(t, CheckVault())
+	for _, purpose := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+		c := &x509.Certificate{SerialNumber: big.NewInt(1), ExtKeyUsage: []x509.ExtKeyUsage{purpose}}
+		der := must.Get[[]byte](t)(x509.CreateCertificate(rand.Reader, c, c, key.Public(), key))
+		must.Do(t, os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), 0o600))
+		err := CheckVault()
+		if (err == nil) != (purpose == x509.ExtKeyUsageClientAuth) || err != nil && !errors.As(err, new(usage.Error)) {
+			t.Errorf("%v: %v", purpose, err)
 		}
 	}
 }

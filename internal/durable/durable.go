@@ -4,8 +4,11 @@ package durable
 
 import (
 	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/google/renameio/v2"
 )
@@ -19,6 +22,34 @@ func WriteFile(path string, data []byte, perm os.FileMode) error {
 		return err
 	}
 	return SyncDir(dir)
+}
+
+// Mkdir makes a folder, unless it is there, so that it survives a loss of power. A parent that is not there is not
+// made: it was mistyped, or is not mounted.
+func Mkdir(dir string, perm os.FileMode) error {
+	if err := CanMkdir(dir); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, perm); err != nil && !os.IsExist(err) {
+		return err
+	}
+	return SyncDir(filepath.Dir(dir))
+}
+
+// CanMkdir fails unless a folder is there, or the one that it is to be made in.
+func CanMkdir(dir string) error {
+	for _, path := range []string{dir, filepath.Dir(dir)} {
+		switch info, err := os.Stat(path); {
+		case err == nil && info.IsDir():
+			return nil
+		case err == nil:
+			return fmt.Errorf("%s is a file, and no folder: name another", path)
+		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR):
+			return err
+		}
+	}
+	return fmt.Errorf("there is no folder %s to make %s in: check the name, or make it", filepath.Dir(dir),
+		filepath.Base(dir))
 }
 
 // MkdirAll makes a folder and its parents, so that they survive a loss of power.

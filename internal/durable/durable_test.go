@@ -44,6 +44,29 @@ func TestWriteFile(t *testing.T) {
 	}
 }
 
+// Only the last folder is made.
+func TestMkdir(t *testing.T) {
+	dir := t.TempDir()
+	one := filepath.Join(dir, "one")
+	for range 2 {
+		if err := Mkdir(one, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{filepath.Join(dir, "a/b"), file, filepath.Join(file, "a"), filepath.Join(file, "a/b")} {
+		if err := Mkdir(path, 0o700); err == nil {
+			t.Errorf("%s was made", path)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 2 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 func TestLock(t *testing.T) {
 	dir := t.TempDir()
 	unlock, err := Lock(dir)

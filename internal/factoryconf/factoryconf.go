@@ -3,7 +3,6 @@ package factoryconf
 
 import (
 	"fmt"
-	"net"
 	"slices"
 	"strings"
 	"time"
@@ -48,7 +47,7 @@ var schema = config.Schema[Config]{See: "factory check", Settings: []config.Sett
 	{Name: "state", Default: "var/factory", Example: "/var/lib/kmehsm/factory", Help: "the line's own folder"},
 	{Name: "directory", Example: "file:/srv/directory", Help: "the public-key directory",
 		Rule: "file:DIR or vault:MOUNT",
-		OK:   func(c *Config) bool { return c.Directory == "" || directories.Check(c.Directory) == nil }},
+		OK:   func(c *Config) bool { return directories.Check(c.Directory) == nil }},
 	{Name: "vault", Example: "{role_id: ID, secret_id_file: FILE, secret_id_wrapped: false}",
 		Help: "or cert_role: for a directory in Vault"},
 	{Name: "manufacturer", Example: "manufacturer.pem",
@@ -57,40 +56,39 @@ var schema = config.Schema[Config]{See: "factory check", Settings: []config.Sett
 		Help: "the folder of the injection packages (default: injection in the state folder)"},
 	{Name: "fixture", Example: "f1", Help: "that packages are for (default: the one that is enrolled)",
 		Rule: "a name of letters, digits, dots and dashes",
-		OK:   func(c *Config) bool { return c.Fixture == "" || directory.CheckName(c.Fixture) == nil }},
+		OK:   func(c *Config) bool { return directory.CheckName(c.Fixture) == nil }},
 	{Name: "workers", Example: "8", Help: "shards in work at once (default: twice the sessions of the token)",
-		Rule: "a whole number, or 0 for twice the sessions of the token",
-		OK:   func(c *Config) bool { return c.Workers >= 0 }},
+		Rule: "a whole number above zero", OK: func(c *Config) bool { return c.Workers > 0 }},
 	{Name: "bits", Example: "3072", Help: "of a new lot's modulus",
 		Rule: "2048, 3072 or 4096", OK: func(c *Config) bool {
-			return slices.Contains([]int{0, 2048, 3072, 4096}, c.Bits)
+			return slices.Contains([]int{2048, 3072, 4096}, c.Bits)
 		}},
 	{Name: "suite", Example: string(kme.SuiteECDSA), Help: "of a new lot: how its devices sign",
 		Rule: "tr33868-ecdsa-p256, tr33868-rsa2048 or bound-ecdsa-p256-oaep",
 		OK: func(c *Config) bool {
 			_, err := kme.ParseSuite(c.Suite)
-			return c.Suite == "" || err == nil
+			return err == nil
 		}},
 	{Name: "shard_size", Example: "256", Help: "of a new lot: devices in an injection package",
 		Rule: "a whole number from 1 to 1024",
-		OK:   func(c *Config) bool { return c.ShardSize >= 0 && c.ShardSize <= 1024 }},
+		OK:   func(c *Config) bool { return c.ShardSize >= 1 && c.ShardSize <= 1024 }},
 	{Name: "primes", Example: "auto", Help: "of a new lot", Rule: "auto or x931", OK: func(c *Config) bool {
 		_, err := factory.ParsePrimes(c.Primes)
-		return c.Primes == "" || err == nil
+		return err == nil
 	}},
 	{Name: "valid_for", Example: directory.DefaultValidity.String(),
 		Help: "for how long a list of revoked devices of a new lot is good",
 		Rule: "a time, such as 720h",
-		OK:   func(c *Config) bool { return c.ValidFor == 0 || directory.CheckValidity(c.ValidFor) == nil }},
+		OK:   func(c *Config) bool { return directory.CheckValidity(c.ValidFor) == nil }},
 	{Name: "listen", Example: "0.0.0.0:8444", Help: "where factory station serve serves, with tls",
-		Rule: "HOST:PORT",
-		OK:   func(c *Config) bool { _, _, err := net.SplitHostPort(c.Listen); return c.Listen == "" || err == nil }},
+		Rule: "HOST:PORT, with a port from 0 to 65535",
+		OK:   func(c *Config) bool { return config.IsAddress(c.Listen) }},
 	{Name: "tls", Example: "{certificate: server.pem, key: server.key, client_ca: stations.pem}"},
 	{Name: "stations", Example: "[station-1, station-2]", Help: "by the common names of their certificates"},
 	{Name: "line", Example: "hall 3, line 2", Help: "its name on the wall screen (default: the machine's)"},
 	{Name: "timeout", Example: "10m", Help: "after which a device that its station did not report is overdue",
 		Rule: "a time of a second at least, such as 10m",
-		OK:   func(c *Config) bool { return c.Timeout == 0 || c.Timeout >= time.Second }},
+		OK:   func(c *Config) bool { return c.Timeout >= time.Second }},
 }}
 
 // Help documents the settings, as a commented configuration.
@@ -123,7 +121,13 @@ func Check(path string, given config.Given, running bool) *config.Report {
 	state := factory.State{Dir: c.State}
 	r.Folder("state", "the line's folder", state.Dir, "run factory init, or name another")
 	if c.Manufacturer != "" {
-		r.File("manufacturer", "the manufacturer's public key", c.Manufacturer)
+		key := r.File("manufacturer", "the manufacturer's public key", c.Manufacturer)
+		if _, err := directory.ParseVerifier(key); err != nil && key != nil {
+			r.Add("manufacturer", fmt.Sprintf("%s: %v", c.Manufacturer, err), "factory init writes it")
+		}
+	}
+	if c.Injection != "" {
+		r.Made("injection", "the folder of the injection packages", c.Injection)
 	}
 	if dir, ok := strings.CutPrefix(c.Directory, "file:"); ok {
 		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
@@ -141,8 +145,8 @@ func Check(path string, given config.Given, running bool) *config.Report {
 	default:
 		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
 	}
-	if !running && r.Good("listen") {
-		r.Address("listen", c.Listen)
+	if !running {
+		r.Addresses(config.Address{Setting: "listen", At: c.Listen})
 	}
 	return r
 }

@@ -1,6 +1,7 @@
 package factoryconf
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -70,6 +71,17 @@ func TestRead(t *testing.T) {
 func TestRefused(t *testing.T) {
 	for text, want := range map[string]string{
 		"workers: -1":       "line 1: workers is a whole number",
+		"workers: 0":        "line 1: workers is a whole number above zero, not \"0\"",
+		"bits: 0":           "line 1: bits is 2048, 3072 or 4096, not \"0\"",
+		"shard_size: 0":     "line 1: shard_size is a whole number from 1 to 1024",
+		"valid_for: 0s":     "line 1: valid_for is a time",
+		"timeout: 0s":       "line 1: timeout is a time of a second at least",
+		"listen: h:99999":   "line 1: listen is HOST:PORT, with a port from 0 to 65535",
+		"listen: ''":        "line 1: listen is empty: give it a value, or take it out",
+		"state:":            "line 1: state is empty",
+		"suite: ''":         "line 1: suite is empty",
+		"line: ''":          "line 1: line is empty",
+		"token: ''":         "line 1: token is empty",
 		"bits: 1024":        "line 1: bits is 2048, 3072 or 4096, not \"1024\"",
 		"suite: x":          "line 1: suite is tr33868-ecdsa-p256",
 		"shard_size: 2000":  "line 1: shard_size is a whole number from 1 to 1024",
@@ -101,6 +113,16 @@ func TestCheck(t *testing.T) {
 		"tls.client_ca"}
 	if !slices.Equal(settings, want) {
 		t.Errorf("%q, want %q", settings, want)
+	}
+	file := write(t, "x")
+	path := write(t, fmt.Sprintf("state: %[1]s\ndirectory: file:%[1]s\nmanufacturer: %[1]s\ninjection: %[1]s\n", file))
+	wrong := Check(path, nil, false).Err()
+	for _, want := range []string{"line 1: the line's folder " + file + " is no folder",
+		"line 2: the public-key directory",
+		"line 3: " + file + ": the file is no PEM file", "line 4: the folder of the injection packages: " + file} {
+		if wrong == nil || !strings.Contains(wrong.Error(), want) {
+			t.Errorf("a file in the place of a folder: %v, want %s", wrong, want)
+		}
 	}
 	if r := Check(write(t, "listen: 127.0.0.1:0\n"), nil, false); r.Err() == nil ||
 		!strings.Contains(r.Err().Error(), "listen needs tls") {

@@ -60,7 +60,7 @@ drain_delay: 15s
 	want := []string{
 		"line 1: token: the PIN file " + pin + " is open to every user",
 		"line 2: the configuration, with the store's password in it, " + path + " is open to every user",
-		"line 3: another process listens at",
+		"line 3: listen: " + l.Addr().String() + " is in use (ss -ltnp shows by whom)",
 		"line 4: the key " + dir + "/m.key is not that of the server's certificate " + dir + "/a.pem",
 		"line 4: the clients' CA " + dir + "/nope.pem cannot be read: no such file or directory",
 		"line 5: another process serves " + dir + "/s",
@@ -78,7 +78,7 @@ drain_delay: 15s
 		}
 	}
 	for _, i := range []int{2, 5} {
-		if !strings.HasSuffix(all[i], "if that is the service itself, check with --running") {
+		if !strings.HasSuffix(all[i], "if that is this configuration's own service, check with --running") {
 			t.Errorf("%s does not say what to do if that is the service", all[i])
 		}
 	}

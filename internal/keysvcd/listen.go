@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
@@ -78,8 +80,8 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 			return nil, err
 		}
 	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
+	if err := durable.Mkdir(filepath.Dir(path), 0o700); err != nil {
+		return nil, fmt.Errorf("the folder of the socket: %w", err)
 	}
 	// On Linux, the file gets the mode of the unbound socket, less the umask, as soon as it exists. The umask is not
 	// changed: it is the whole process's, and other files may be made at the same moment.

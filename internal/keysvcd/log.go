@@ -96,9 +96,7 @@ func logKey(state string) ([]byte, error) {
 	if errors.Is(err, fs.ErrNotExist) {
 		key = make([]byte, 32)
 		rand.Read(key)
-		if err = durable.MkdirAll(state, 0o755); err == nil {
-			err = durable.WriteFile(path, key, 0o600)
-		}
+		err = durable.WriteFile(path, key, 0o600)
 	}
 	if err == nil && len(key) != 32 {
 		err = fmt.Errorf("%s is damaged: remove it, and later hashes are others than earlier ones", path)

@@ -15,6 +15,7 @@ import (
 
 	"github.com/mattn/go-sqlite3"
 
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/groupcommit"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
@@ -25,7 +26,7 @@ const busyTimeout = 5 * time.Second // for the lock of another process
 // is synced to disk before it returns (WAL with synchronous=FULL). An earlier schema is brought up to date; PRAGMA
 // user_version has the schema's number.
 func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB, write *Writer, err error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+	if err := durable.Mkdir(filepath.Dir(path), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("the database's folder cannot be made: %w", err)
 	}
 	// SQLite would make it with the umask's mode, and gives its own other files the mode of this one.

@@ -4,6 +4,7 @@ package webhook
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/hmac"
 	"crypto/rand"
@@ -69,7 +70,10 @@ type event struct {
 // CheckURL refuses what is no address of a webhook: https, or http to this machine.
 func CheckURL(text string) error {
 	u, err := url.Parse(text)
-	if err == nil && u.Host != "" && u.User == nil {
+	if err == nil {
+		_, err = net.LookupPort("tcp", cmp.Or(u.Port(), u.Scheme))
+	}
+	if err == nil && u.Hostname() != "" && u.User == nil {
 		ip := net.ParseIP(u.Hostname())
 		if u.Scheme == "https" || u.Scheme == "http" && (u.Hostname() == "localhost" || ip != nil && ip.IsLoopback()) {
 			return nil

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"slices"
 
 	"github.com/kmehsm/kmehsm/binding/mark"
@@ -96,14 +95,6 @@ func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, 
 			errors.Join(err, destroy(ctx, pub)))
 	}
 	return pemkey.Thumbprint(pub), nil
-}
-
-// WriteFile writes a file for another party that is not there yet, and makes its folder.
-func WriteFile(path string, data []byte) error {
-	if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	return durable.WriteNew(path, data, 0o644)
 }
 
 // TransportKeys gives the transport keys that wait for their enrolment, by their thumbprints.

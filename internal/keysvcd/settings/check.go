@@ -2,10 +2,12 @@ package settings
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -13,7 +15,9 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/n5geir"
+	"github.com/kmehsm/kmehsm/internal/webhook"
 )
 
 const (
@@ -76,6 +80,10 @@ func (c *Config) Inspect(r *config.Report) {
 	served := c.Listen != "" || c.EIR.Listen != "" || c.OperatorPage.Listen != ""
 	if served && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
 		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
+		if own, err := config.ReadCertificates(tls.Certificate); err == nil && c.EIR.NRF != "" {
+			r.Purpose("tls.certificate", "the certificate for the NRF "+tls.Certificate, own[0],
+				x509.ExtKeyUsageClientAuth)
+		}
 	}
 	if c.EIR.TokenKey != "" {
 		if keys := r.File("eir.token_key", "the NRF's keys", c.EIR.TokenKey); keys != nil {
@@ -84,6 +92,9 @@ func (c *Config) Inspect(r *config.Report) {
 			}
 		}
 	}
+	if c.EIR.NRFCA != "" {
+		r.Authority("eir.nrf_ca", "the NRF's CA", c.EIR.NRFCA)
+	}
 	for _, uri := range c.Tokens {
 		r.PIN(c.tokenSetting(), uri)
 	}
@@ -91,7 +102,17 @@ func (c *Config) Inspect(r *config.Report) {
 		r.Secret("vault.secret_id_file", "the AppRole's secret id", c.Vault.SecretIDFile)
 	}
 	if w := c.Equipment.Webhook; w.SecretFile != "" {
-		r.Secret("equipment.webhook.secret_file", "the webhook's secret", w.SecretFile)
+		secret := r.Secret("equipment.webhook.secret_file", "the webhook's secret", w.SecretFile)
+		if _, err := webhook.ParseSecret(string(secret)); err != nil && secret != nil {
+			r.Add("equipment.webhook.secret_file", fmt.Sprintf("%s: %v", w.SecretFile, err), "")
+		}
+	}
+	if w := c.Equipment.Webhook; w.CA != "" {
+		r.Authority("equipment.webhook.ca", "the webhook's CA", w.CA)
+	}
+	r.Parent("state", "the file log.key in", filepath.Join(c.State, "log.key"))
+	if c.AuditLog != "" && durable.CanMkdir(c.AuditLog) != nil {
+		r.Folder("audit_log", "the folder of the audit log", c.AuditLog, "mount it, make it, or name another")
 	}
 	if dir, ok := strings.CutPrefix(c.Directory, "file:"); ok {
 		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
@@ -105,7 +126,7 @@ func (c *Config) Inspect(r *config.Report) {
 		}
 	}
 	if c.Socket != "" {
-		r.Parent("socket", "the socket", c.Socket)
+		r.Made("socket", "the folder of the socket", filepath.Dir(c.Socket))
 	}
 }
 
@@ -128,15 +149,7 @@ func (c *Config) lookAtStore(ctx context.Context, r *config.Report) {
 
 // addresses reports those that another process has.
 func (c *Config) addresses(r *config.Report) {
-	if c.Listen != "" && r.Good("listen") {
-		r.Address("listen", c.Listen)
-	}
-	if c.EIR.Listen != "" && r.Good("eir") {
-		r.Address("eir.listen", c.EIR.Listen)
-	}
-	if c.OperatorPage.Listen != "" && r.Good("operator_page") {
-		r.Address("operator_page", c.OperatorPage.Listen)
-	}
+	r.Addresses(c.listeners()...)
 	if c.Socket != "" && r.Good("socket") {
 		if err := config.SocketFree(c.Socket); err != nil {
 			r.Add("socket", err.Error(), config.Running)

@@ -4,11 +4,10 @@ package settings
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math"
-	"net"
-	"net/url"
 	"os"
 	"reflect"
 	"slices"
@@ -73,6 +72,9 @@ type Config struct {
 // maxSocket is the longest path that Linux takes for a Unix socket (unix(7)).
 const maxSocket = 107
 
+// hostPort is the rule of where to listen.
+const hostPort = "HOST:PORT, with a port from 0 to 65535"
+
 var times = binding.DefaultTimes()
 
 // schema has the settings in the order of the help. Those that belong to a setting above are indented: api.NewClients
@@ -86,25 +88,21 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Help: "the folder of the database, as --state of the other commands"},
 	{Name: "directory", Example: "file:/srv/directory", Help: "for manufacturers enrolled without one",
 		Rule: "file:DIR or vault:MOUNT",
-		OK:   func(c *Config) bool { return c.Directory == "" || directories.Check(c.Directory) == nil }},
+		OK:   func(c *Config) bool { return directories.Check(c.Directory) == nil }},
 	{Name: "listen", Example: "127.0.0.1:8443", Help: "mutual TLS 1.3; with tls",
-		Rule: "HOST:PORT",
-		OK:   func(c *Config) bool { _, _, err := net.SplitHostPort(c.Listen); return c.Listen == "" || err == nil }},
+		Rule: hostPort, OK: func(c *Config) bool { return config.IsAddress(c.Listen) }},
 	{Name: "tls", Example: "{certificate: server.pem, key: server.key, client_ca: clients.pem}"},
 	{Name: "eir", Example: "{listen: 127.0.0.1:8444, token_key: nrf.pem}",
 		Help: `an equipment identity register for AMFs (N5g-eir), with tls, for clients with the role eir or hss. With
-			token_key, the NRF's public keys, each request also needs an access token. To register at an NRF:
-			nrf: https://HOST:PORT, nrf_ca: nrf-ca.pem, advertise: HOST:PORT, and instance, a new UUID`},
+			token_key, the NRF's public keys, each request also needs an access token`},
+}, eirSettings, []config.Setting[Config]{
 	{Name: "socket", Example: "/run/kmehsm/keysvc.sock", Help: "for the clients with a uid",
 		Rule: fmt.Sprintf("a path of %d bytes at most", maxSocket),
 		OK:   func(c *Config) bool { return len(c.Socket) <= maxSocket }},
 	{Name: "operator_page", Example: "{listen: 127.0.0.1:8444}",
 		Help: "a read-only page for the browsers of clients with the role monitor; mutual TLS 1.3, with tls",
-		Rule: "{listen: HOST:PORT}",
-		OK: func(c *Config) bool {
-			_, _, err := net.SplitHostPort(c.OperatorPage.Listen)
-			return c.OperatorPage.Listen == "" || err == nil
-		}},
+		Rule: "{listen: HOST:PORT}, with a port from 0 to 65535",
+		OK:   func(c *Config) bool { return config.IsAddress(c.OperatorPage.Listen) }},
 	{Name: "clients",
 		Help: `who may call; listen needs it. Without it, only the service's own user may call, on the socket, in every
 			role but kme-export`},
@@ -124,7 +122,7 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 	{Name: "store", Example: "postgres://keysvc@db/keysvc?sslmode=verify-full", Secret: true,
 		Help: "for several instances; its password: PGPASSFILE (default: SQLite in the state folder)",
 		Rule: "sqlite:PATH or postgres://USER@HOST/DATABASE",
-		OK:   func(c *Config) bool { return c.Store == "" || sqlstore.CheckName(c.Store) == nil }},
+		OK:   func(c *Config) bool { return sqlstore.CheckName(c.Store) == nil }},
 	{Name: "audit_log", Example: "/var/lib/kmehsm-audit",
 		Help: `each entry of the ledger is copied to this folder within a second. If the database is restored from a
 			backup, keysvc store accept-rollback takes later decisions from it. Use another disk than the database's;
@@ -175,10 +173,7 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 	{Name: "otlp", Example: "http://127.0.0.1:4318", Secret: true,
 		Help: "a collector of OpenTelemetry traces (default: none)",
 		Rule: "http://HOST:PORT or https://HOST:PORT",
-		OK: func(c *Config) bool {
-			u, err := url.Parse(c.OTLP)
-			return c.OTLP == "" || err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != ""
-		}},
+		OK:   func(c *Config) bool { return config.IsURL(c.OTLP, "http", "https") }},
 	{Name: "log_identities", Default: "plain",
 		Help: "or hashed: each IMSI and IMEI is replaced by its HMAC under log.key in the state folder",
 		Rule: "plain or hashed", OK: func(c *Config) bool {
@@ -241,17 +236,26 @@ func (c *Config) check(r *config.Report) {
 			`[hss], plmns: ["00101"]}], where san is a DNS name or URI of its certificate`)
 	}
 	c.Equipment.check(r)
-	if err := c.checkEIR(); err != nil && r.Good("eir") {
-		r.Add("eir", fmt.Sprintf("eir: %v", err), "")
+	c.checkEIR(r)
+	r.Distinct(c.listeners()...)
+	_, err := Clients(c)
+	wrong, _ := errors.AsType[api.ClientErrors](err)
+	setting := func(e api.ClientError) string { return fmt.Sprintf("clients[%d]", e.Index) }
+	wrong = slices.DeleteFunc(wrong, func(e api.ClientError) bool { return !r.Good(setting(e)) }) // it was not read
+	for _, e := range wrong {
+		r.Add(setting(e), "clients: "+e.Error(), "")
 	}
-	if _, err := Clients(c); err != nil && r.Good("clients") {
-		r.Add("clients", fmt.Sprintf("clients: %v", err), "")
-	}
-	for _, uri := range c.Tokens {
-		if r.Good("token") && r.Good("tokens") {
+	if r.Good("token") && r.Good("tokens") {
+		for _, uri := range c.Tokens {
 			r.Token(c.tokenSetting(), uri)
 		}
 	}
+}
+
+// listeners are the addresses of all that is served over TCP.
+func (c *Config) listeners() []config.Address {
+	return []config.Address{{Setting: "listen", At: c.Listen}, {Setting: "eir.listen", At: c.EIR.Listen},
+		{Setting: "operator_page.listen", At: c.OperatorPage.Listen}}
 }
 
 // tokenSetting is the setting that has the tokens.

@@ -1,6 +1,8 @@
 package settings
 
 import (
+	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/certtest"
 )
 
 const (
@@ -32,7 +35,8 @@ func read(t *testing.T, text string) (*Config, error) {
 // A setting that is refused is named, with what it is and what it may be.
 func TestConfigRefused(t *testing.T) {
 	const tlsOf = "tls: {certificate: a, key: b, client_ca: c}\n"
-	const eir = good + tlsOf + "clients: [{name: x, san: y, roles: [eir], plmns: [all]}]\neir: {listen: 'h:1', "
+	const some = "clients: [{name: x, san: y, roles: [eir], plmns: [all]}]\n"
+	const eir = good + tlsOf + some + "eir: {listen: 'h:1', "
 	const client = "clients: [{name: x, san: y, roles: [hss], plmns: [all], "
 	for _, c := range []struct{ setting, text, want string }{
 		{"token", aSocket + "token: hunter2\n", `token: the token's URI is not one of RFC 7512`},
@@ -43,7 +47,23 @@ func TestConfigRefused(t *testing.T) {
 			`line 2: tokens is a list of texts, not what is there`},
 		{"state", good + "state: {}\n", `state is a text, not "a mapping"`},
 		{"directory", good + "directory: /srv\n", `directory is file:DIR or vault:MOUNT, not "/srv"`},
-		{"listen", aToken + tlsOf + "listen: localhost\n", `listen is HOST:PORT, not "localhost"`},
+		{"listen", aToken + tlsOf + some + "listen: localhost\n",
+			`listen is HOST:PORT, with a port from 0 to 65535, not "localhost"`},
+		{"listen at no port", aToken + tlsOf + some + "listen: 127.0.0.1:99999\n", `line 4: listen is HOST:PORT`},
+		{"listen nowhere", good + "listen: ''\n", `line 3: listen is empty: give it a value, or take it out`},
+		{"listen at nothing", good + "listen:\n", `line 3: listen is empty`},
+		{"listen twice", aToken + tlsOf + some + "listen: ':1'\noperator_page: {listen: 'localhost:1'}\n",
+			`line 5: listen :1 and operator_page.listen localhost:1 are one address: choose another port`},
+		{"listen and eir", aToken + tlsOf + some + "listen: '[::1]:1'\neir: {listen: '[::1]:1'}\n",
+			`line 5: listen [::1]:1 and eir.listen [::1]:1 are one address`},
+		{"operator_page of nothing", good + tlsOf + some + "operator_page: {}\n",
+			`operator_page is {listen: HOST:PORT}`},
+		{"state empty", good + "state: ''\n", `line 3: state is empty`},
+		{"tls.key empty", good + "tls: {key: ''}\n", `line 3: tls.key is empty`},
+		{"a client's name empty", good + "clients: [{name: '', san: y, roles: [hss], plmns: [all]}]\n",
+			`line 3: clients[0].name is empty`},
+		{"otlp at no port", good + "otlp: http://h:65536\n", `otlp is http://HOST:PORT`},
+		{"otlp without host", good + "otlp: http://:4318\n", `otlp is http://HOST:PORT`},
 		{"tls missing", aToken + "listen: localhost:1\n", `listen needs tls with certificate, key and client_ca`},
 		{"tls without key", aToken + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n",
 			`listen needs tls with certificate, key and client_ca`},
@@ -56,14 +76,20 @@ func TestConfigRefused(t *testing.T) {
 		{"tls of nothing known", aToken + "listen: localhost:1\ntls: {cert: a}\n", `there is no setting tls.cert`},
 		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls needs settings`},
 		{"tls.key", aToken + "listen: localhost:1\ntls: {key: [a]}\n", `tls.key is a text, not "a list"`},
-		{"eir without tls", good + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
-		{"eir without clients", good + tlsOf + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
-		{"eir.listen", good + "eir: {listen: localhost}\n", `eir: listen is HOST:PORT, not "localhost"`},
-		{"eir.listen missing", good + "eir: {nrf: https://nrf}\n", `eir: listen says where to serve`},
-		{"eir.instance", eir + "instance: X}\n", `eir: instance is a UUID in lower case, not "X"`},
-		{"eir.nrf", eir + "nrf: http://nrf}\n", `eir: nrf is https://HOST:PORT, not "http://nrf"`},
-		{"eir.nrf without more", eir + "nrf: https://nrf}\n", `eir: registration at an NRF needs instance`},
-		{"eir.advertise alone", eir + "advertise: 'h:1'}\n", `eir: nrf_ca and advertise are for registration`},
+		{"eir without tls", good + "eir: {listen: localhost:1}\n", `eir needs tls with certificate`},
+		{"eir without clients", good + tlsOf + "eir: {listen: localhost:1}\n", `eir needs tls with certificate`},
+		{"eir.listen", good + "eir: {listen: localhost}\n",
+			`eir.listen is HOST:PORT, with a port from 0 to 65535, not "localhost"`},
+		{"eir.listen missing", good + tlsOf + some + "eir: {token_key: k}\n",
+			`eir has no listen: it says where to serve`},
+		{"eir.instance", eir + "instance: X}\n",
+			`eir.instance is a UUID in lower case, as uuidgen makes one, not "X"`},
+		{"eir.nrf", eir + "nrf: http://nrf}\n", `eir.nrf is https://HOST:PORT, not "http://nrf"`},
+		{"eir.nrf at no port", eir + "nrf: 'https://nrf:70000'}\n", `eir.nrf is https://HOST:PORT`},
+		{"eir.advertise", eir + "advertise: ':1'}\n",
+			`eir.advertise is HOST:PORT, with a port from 1 to 65535, not ":1"`},
+		{"eir.nrf without more", eir + "nrf: https://nrf}\n", `registration at an NRF needs eir.instance and`},
+		{"eir.advertise alone", eir + "advertise: 'h:1'}\n", `eir.nrf_ca and eir.advertise are for registration`},
 		{"socket", aToken + "socket: /" + strings.Repeat("s", 107) + "\n",
 			`socket is a path of 107 bytes at most, not "/sss`},
 		{"neither", aToken, `neither listen nor socket says where to serve`},
@@ -110,7 +136,9 @@ func TestConfigRefused(t *testing.T) {
 		{"a client's provision_from as a text", good + client + "provision_from: home}]\n",
 			`keysvc.yaml: line 3: clients[0].provision_from is a list of texts, not "home"`},
 		{"a client's uid", good + "clients: [{name: x, uid: -1, roles: [hss], plmns: [all]}]\n",
-			`clients: client "x": uid is a number from 0 on, not -1`},
+			`clients: client "x": uid is a number from 0 to 4294967294, not -1`},
+		{"a client's uid that nobody has", good + "clients: [{name: x, uid: 4294967295, roles: [hss], plmns: [all]}]\n",
+			`clients: client "x": uid is a number from 0 to 4294967294, not 4294967295`},
 		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n",
 			`clients[0].uid is a whole number, not "root"`},
 		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n",
@@ -152,6 +180,104 @@ func TestConfigRefused(t *testing.T) {
 				t.Errorf("%v\ndoes not say %s", err, c.want)
 			}
 		})
+	}
+}
+
+// Of several that are wrong in the same way, all are named.
+func TestAllRefused(t *testing.T) {
+	_, err := read(t, `socket: s
+tokens: [hunter2, "pkcs11:token=x?module-path=/dev/null&pin-source=file:/dev/null", hunter2]
+clients:
+  - {name: a, san: x, roles: [root, hss, boss], plmns: [1]}
+  - {name: b, san: x, uid: 1, roles: [hss], plmns: [all], rate: fast}
+  - {name: c, roles: []}
+  - {name: d, san: y, roles: [hss], plmns: [all]}
+  - {name: e, san: y, roles: [hss], plmns: [all]}
+eir: {nrf: "http://nrf", instance: X}
+equipment: {lists: never, history: 0s, webhook: {url: "http://h/"}}
+`)
+	for _, want := range []string{
+		"line 2: tokens: ", "line 2: tokens: ", `line 4: clients: client "a": there is no role "root"`,
+		`line 4: clients: client "a": there is no role "boss"`, `line 4: clients: client "a": "1" is no PLMN`,
+		"line 5: clients[1].rate is a number", `line 6: clients: client "c": it has either a san or a uid`,
+		`line 6: clients: client "c": it has no roles`, `line 6: clients: client "c": it has no plmns`,
+		`line 8: clients: client "e": another client has the same san or uid`, "line 9: eir.nrf is",
+		"line 9: eir.instance is", "line 10: equipment.lists is",
+	} {
+		before, after, found := strings.Cut(fmt.Sprint(err), want)
+		if err = errors.New(before + after); !found {
+			t.Errorf("%s is not in %v", want, err)
+		}
+	}
+	if n := strings.Count(err.Error(), "keysvc.yaml: "); n != 13 {
+		t.Errorf("%d problems: %v", n, err)
+	}
+	_, err = read(t, good+"equipment: {history: 0s, webhook: {url: 'http://h/'}}\n")
+	if n := strings.Count(fmt.Sprint(err), "equipment.webhook"); n < 3 {
+		t.Errorf("a webhook that has nothing: %v", err)
+	}
+}
+
+// Files and folders that are not what serve needs, each with its setting's name.
+func TestCheckPlaces(t *testing.T) {
+	dir := certtest.Make(t, "a")
+	for name, text := range map[string]string{"file": "x", "secret": "whsec_short"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, "folder"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	const secure = "tls: {certificate: a.pem, key: a.key, client_ca: ca.pem}\n" +
+		"clients: [{name: x, san: y, roles: [eir], plmns: [all]}]\n"
+	const nrf = aSocket + secure + "eir: {listen: ':0', instance: 5e0b0ba0-1c26-4d5a-8a2c-36d4f2a2a001, " +
+		"nrf: https://nrf, advertise: 'e:1', "
+	const webhook = aSocket + "equipment: {webhook: {url: 'https://h', "
+	for _, c := range [][2]string{ // the configuration, and a problem of it
+		{aSocket, ""},
+		{nrf + "nrf_ca: ca.pem}", ""},
+		{"socket: folder", "socket: "},
+		{"socket: file", "socket: "},
+		{"socket: none/none/s", "socket: the folder of the socket: "},
+		{"socket: file/s", "socket: the folder of the socket: "},
+		{aSocket + "store: sqlite:.", "store: store: "},
+		{aSocket + "store: sqlite:file/keysvc.db", "store: the database"},
+		{aSocket + "state: file\nstore: postgres://u@127.0.0.1:1/d", "state: "},
+		{aSocket + "audit_log: file", "audit_log: the folder of the audit log "},
+		{aSocket + "audit_log: none/none", "warning audit_log: the folder of "},
+		{aSocket + "directory: file:file", "directory: "},
+		{aSocket + "listen: ':0'\n" + strings.Replace(secure, "a.key", "folder", 1), "tls.key: "},
+		{aSocket + "listen: ':0'\n" + strings.Replace(secure, "a.pem", "folder", 1), "tls.certificate: "},
+		{aSocket + "listen: ':0'\n" + strings.Replace(secure, "ca.pem", "a.key", 1), "tls.client_ca: "},
+		{nrf + "nrf_ca: a.key}", "eir.nrf_ca: the NRF's CA "},
+		{nrf + "token_key: folder}", "eir.token_key: "},
+		{webhook + "secret_file: secret}}", "equipment.webhook.secret_file: "},
+		{webhook + "secret_file: folder}}", "equipment.webhook.secret_file: "},
+		{webhook + "secret_file: secret, ca: a.key}}", "equipment.webhook.ca: "},
+		{aSocket + "vault: {role_id: x, secret_id_file: folder}", "vault.secret_id_file: "},
+	} {
+		text, want := c[0], c[1]
+		path := filepath.Join(dir, "keysvc.yaml")
+		if !strings.Contains(text, "state:") {
+			text += "\nstate: ."
+		}
+		if err := os.WriteFile(path, []byte(text+"\n"+aToken), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		found := want == ""
+		for _, p := range Check(t.Context(), Source{Path: path}, false).Problems() {
+			text := p.Setting + ": " + p.What
+			if p.Warning {
+				text = "warning " + text
+			}
+			if p.Setting != "token" && !strings.Contains(text, "there is no store") {
+				found = want != "" && (found || strings.HasPrefix(text, want))
+			}
+		}
+		if !found {
+			t.Errorf("%s: want %q: %v", text, want, Check(t.Context(), Source{Path: path}, false).Problems())
+		}
 	}
 }
 

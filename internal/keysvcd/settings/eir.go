@@ -1,43 +1,46 @@
 package settings
 
 import (
-	"errors"
-	"fmt"
-	"net"
-	"net/url"
 	"regexp"
+
+	"github.com/kmehsm/kmehsm/internal/config"
 )
 
 // uuid is the form of an NF instance id (TS 29.571 clause 5.3.2).
 var uuid = regexp.MustCompile(`^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$`)
 
-func (c *Config) checkEIR() error {
+// eirSettings are those of eir.
+var eirSettings = []config.Setting[Config]{
+	{Name: "eir.listen", Example: "127.0.0.1:8444", Help: "where AMFs ask", Rule: hostPort,
+		OK: func(c *Config) bool { return config.IsAddress(c.EIR.Listen) }},
+	{Name: "eir.instance", Example: "UUID", Help: "for registration at an NRF, this instance's own",
+		Rule: "a UUID in lower case, as uuidgen makes one",
+		OK:   func(c *Config) bool { return uuid.MatchString(c.EIR.Instance) }},
+	{Name: "eir.nrf", Example: "https://HOST:PORT", Help: "the NRF; with nrf_ca: FILE, a CA of its own",
+		Rule: "https://HOST:PORT", OK: func(c *Config) bool { return config.IsURL(c.EIR.NRF, "https") }},
+	{Name: "eir.advertise", Example: "HOST:PORT", Help: "where AMFs reach this instance, for the NRF",
+		Rule: "HOST:PORT, with a port from 1 to 65535",
+		OK:   func(c *Config) bool { return config.IsReachable(c.EIR.Advertise) }},
+}
+
+// checkEIR reports what eir lacks.
+func (c *Config) checkEIR(r *config.Report) {
 	e := &c.EIR
+	if *e == (Config{}).EIR || !r.Good("eir") {
+		return
+	}
 	if e.Listen == "" {
-		if *e != (Config{}).EIR {
-			return errors.New("listen says where to serve, as HOST:PORT")
-		}
-		return nil
+		r.Add("eir", "eir has no listen", "it says where to serve, as HOST:PORT")
 	}
-	isHostPort := func(s string) bool { _, _, err := net.SplitHostPort(s); return err == nil }
-	nrf, err := url.Parse(e.NRF)
+	if c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == "" || len(c.Clients) == 0 {
+		r.Add("eir", "eir needs tls with certificate, key and client_ca, and clients",
+			"it is never offered without mutual TLS")
+	}
 	switch {
-	case !isHostPort(e.Listen):
-		return fmt.Errorf("listen is HOST:PORT, not %q", e.Listen)
-	case c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == "" || len(c.Clients) == 0:
-		return errors.New("it needs tls with certificate, key and client_ca, and clients: it is never offered " +
-			"without mutual TLS")
-	case e.Instance != "" && !uuid.MatchString(e.Instance):
-		return fmt.Errorf("instance is a UUID in lower case, not %q: uuidgen makes one", e.Instance)
 	case e.NRF == "" && (e.NRFCA != "" || e.Advertise != ""):
-		return errors.New("nrf_ca and advertise are for registration at an NRF: nrf names it")
-	case e.NRF == "":
-		return nil
-	case err != nil || nrf.Scheme != "https" || nrf.Host == "":
-		return fmt.Errorf("nrf is https://HOST:PORT, not %q", e.NRF)
-	case e.Instance == "" || !isHostPort(e.Advertise):
-		return errors.New("registration at an NRF needs instance, a UUID of its own, and advertise, HOST:PORT where " +
-			"AMFs reach it")
+		r.Add("eir", "eir.nrf_ca and eir.advertise are for registration at an NRF", "eir.nrf names it")
+	case e.NRF != "" && (e.Instance == "" || e.Advertise == ""):
+		r.Add("eir", "registration at an NRF needs eir.instance and eir.advertise", "a UUID of its own, and "+
+			"HOST:PORT where AMFs reach it")
 	}
-	return nil
 }

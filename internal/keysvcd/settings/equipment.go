@@ -68,19 +68,18 @@ func equipmentSettings() []config.Setting[Config] {
 
 // check reports settings that contradict each other.
 func (e *Equipment) check(r *config.Report) {
-	if !r.Good("equipment") {
+	w := e.Webhook
+	if w == (Equipment{}).Webhook || !r.Good("equipment") {
 		return
 	}
-	w := e.Webhook
-	err := webhook.CheckURL(w.URL)
-	switch {
-	case w.URL == "" && w.SecretFile == "" && w.CA == "":
-	case err != nil:
+	if err := webhook.CheckURL(w.URL); err != nil {
 		r.Add("equipment.webhook.url", fmt.Sprintf("equipment.webhook.url: %v", err), "")
-	case w.SecretFile == "":
+	}
+	if w.SecretFile == "" {
 		r.Add("equipment.webhook", "equipment.webhook has no secret_file",
 			"without it, nobody can tell who has sent an event: echo whsec_$(openssl rand -base64 32) >FILE")
-	case e.History == 0:
+	}
+	if e.History == 0 {
 		r.Add("equipment.history", "equipment.webhook needs equipment.history", "that knows the device before")
 	}
 }
