@@ -258,7 +258,7 @@ func why(err error) func() error {
 			refused := &Error{Reason: kme.Reason(reason), Message: e.Message()}
 			return func() error { return refused }
 		}
-		err = fmt.Errorf("the stream to the service has ended: %s", e.Message())
+		err = fmt.Errorf("the stream to the service has ended: %w", e.Unwrap())
 	}
 	return func() error { return connect.NewError(code, err) }
 }

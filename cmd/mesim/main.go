@@ -2,8 +2,11 @@
 package main
 
 import (
+	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
+	"net"
 	"os"
 	"slices"
 	"strings"
@@ -78,7 +81,7 @@ the times are those of EstablishKME. Fails if an untouched device is rejected, o
 					&cli.StringFlag{Name: "subscribers",
 						Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
 				}, serverFlags, deviceFlags),
-				Action: attach,
+				Action: connected(attach),
 			},
 			{
 				Name:  "load",
@@ -103,7 +106,7 @@ The service's own limits hold: a device's payloads a second (imei_rate, imei_bur
 						Usage: "the first `IMSI`; the others count on from it (default: anywhere in 00101, the test " +
 							"network)"},
 				}, serverFlags, deviceFlags),
-				Action: load,
+				Action: connected(load),
 			},
 			{
 				Name: "payload", Usage: "print one device's payload and the NW_SIG to expect, as JSON, for curl",
@@ -207,6 +210,37 @@ func load(c *cli.Context) error {
 		return err
 	}
 	return print(c, result, err)
+}
+
+// connected adds to an error of the connection what to do about it.
+func connected(action cli.ActionFunc) cli.ActionFunc {
+	return func(c *cli.Context) error {
+		err := action(c)
+		if remedy := connectionRemedy(err); remedy != "" {
+			err = fmt.Errorf("%w: %s", err, remedy)
+		}
+		return err
+	}
+}
+
+func connectionRemedy(err error) string {
+	connection, _ := errors.AsType[*net.OpError](err)
+	switch {
+	case errors.As(err, new(*net.DNSError)):
+		return "check the host of --server"
+	case errors.As(err, new(x509.UnknownAuthorityError)):
+		return "name with --ca the CA of the service's certificate"
+	case errors.As(err, new(x509.HostnameError)):
+		return "name with --server a host that the service's certificate is for"
+	case connection == nil:
+		return ""
+	case connection.Op == "dial":
+		return "see that the service runs, and that --server is its address"
+	case connection.Op == "remote error":
+		return "the service does not take the certificate of --cert: it must be of the service's client_ca, and not " +
+			"expired"
+	}
+	return ""
 }
 
 // newRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.

@@ -46,6 +46,8 @@ func Said(err error) error { return exitError{error: saidError{error: err}, code
 
 type saidError struct{ error }
 
+func (e saidError) Unwrap() error { return e.error }
+
 // The common flags. Each command has those that it needs.
 var (
 	Token = &cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TOKEN"}, Category: Configured,
