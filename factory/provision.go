@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
+	"os"
 	"path/filepath"
 	"strconv"
 	"sync"
@@ -88,6 +90,9 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		return Progress{}, err
 	}
 	dir := filepath.Join(o.Out, lot)
+	if err := l.resumable(ctx, lot, dir, o.From, o.To); err != nil {
+		return Progress{}, err
+	}
 	if err := cmp.Or(durable.Mkdir(o.Out, 0o700), durable.Mkdir(dir, 0o700)); err != nil {
 		return Progress{}, fmt.Errorf("the folder for the injection packages cannot be made: %w", err)
 	}
@@ -110,6 +115,22 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		backlog: make(chan int, o.To-o.From), allMade: make(chan struct{}),
 	}
 	return p.run(ctx)
+}
+
+// resumable fails if a lot's folder is not there, and packages of shards were made: they are in another one. A new one
+// would get the rest of the lot, and be taken for the lot's own.
+func (l *Line) resumable(ctx context.Context, lot, dir string, from, to int) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	entries, err := l.state.Entries(ctx, l.Manufacturer(), lot)
+	for n := from; n < to && err == nil; n++ {
+		if entries[n].State > shard.Planned {
+			err = fmt.Errorf("shard %d of lot %s was made, and there is no folder %s: name with --out the one that "+
+				"its package is in, or bring that back", n, lot, dir)
+		}
+	}
+	return err
 }
 
 // A provisioning is one run of Provision. Workers bring shards to the journal; publishers bring them from there to the

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -130,7 +129,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 // strays finds files in the lot's folder that belong to nothing.
 func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 	entries, err := os.ReadDir(dir)
-	if errors.Is(err, fs.ErrNotExist) {
+	if durable.Missing(err) {
 		return nil
 	}
 	for _, e := range entries {

@@ -197,7 +197,7 @@ func (l *Line) Reissue(
 	}
 	// In another folder, the device's earlier packages and the stations would not be found.
 	dir := filepath.Join(out, lot)
-	if _, err := os.Stat(filepath.Join(dir, handover.ManifestFile)); errors.Is(err, fs.ErrNotExist) {
+	if _, err := os.Stat(filepath.Join(dir, handover.ManifestFile)); durable.Missing(err) {
 		return "", fmt.Errorf("there are no injection packages of lot %s in %s: name with --out, or with state, the "+
 			"folder that lot provision wrote them to", lot, dir)
 	} else if err != nil {

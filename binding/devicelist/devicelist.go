@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"slices"
 	"strings"
 	"time"
@@ -97,7 +98,11 @@ func New(text string, status binding.EquipmentStatus, reason string, now time.Ti
 func Read(r io.Reader, now time.Time) (all []binding.Listing, err error) {
 	lines := csv.NewReader(r)
 	lines.FieldsPerRecord, lines.ReuseRecord = 3, true
-	if head, err := lines.Read(); err != nil || !slices.Equal(head, []string{"equipment", "status", "reason"}) {
+	head, err := lines.Read()
+	if errors.As(err, new(*fs.PathError)) {
+		return nil, err
+	}
+	if err != nil || !slices.Equal(head, []string{"equipment", "status", "reason"}) {
 		return nil, errors.New("line 1: the list begins with the line equipment,status,reason")
 	}
 	for {

@@ -67,7 +67,7 @@ func initLine(c *cli.Context) error {
 				return err
 			}
 			if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-				return err
+				return usage.Errorf("--out: %w: name another folder", err)
 			}
 			if err := durable.WriteFile(path, pem, 0o644); err != nil {
 				return err

@@ -2,6 +2,7 @@ package cmdline
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -38,7 +39,7 @@ func AloneMaking(action cli.ActionFunc) cli.ActionFunc {
 			made = append(made, dir)
 		}
 		if err := durable.MkdirAll(c.String("state"), 0o755); err != nil {
-			return err
+			return fmt.Errorf("the --state folder cannot be made; name another: %w", err)
 		}
 		err := Alone(action)(c)
 		if err != nil {

@@ -88,8 +88,10 @@ func (p Program) Run(ctx context.Context, args []string) int {
 		p.complete(args[2:])
 		return 0
 	}
-	args = flagsFirst(app, args)
-	err := app.RunContext(ctx, args)
+	args, err := flagsFirst(app, args)
+	if err == nil {
+		err = app.RunContext(ctx, args)
+	}
 	if err == nil {
 		return 0
 	}
@@ -323,16 +325,18 @@ func Requiring(action cli.ActionFunc, flags ...string) cli.ActionFunc {
 }
 
 // flagsFirst moves flags before the arguments of the command that they are given to, wherever they stand: our
-// commands read better as "lot create NAME --tac ...", and package flag stops at the first argument.
-func flagsFirst(app *cli.App, args []string) []string {
-	takesValue := map[string]bool{}
+// commands read better as "lot create NAME --tac ...", and package flag stops at the first argument. It fails if a flag
+// has two values, of which package flag would forget the first.
+func flagsFirst(app *cli.App, args []string) ([]string, error) {
+	takesValue, isList := map[string]bool{}, map[string]bool{}
 	var collect func([]*cli.Command)
 	collect = func(commands []*cli.Command) {
 		for _, c := range commands {
 			for _, f := range c.Flags {
 				_, isBool := f.(*cli.BoolFlag)
+				_, list := f.(*cli.StringSliceFlag)
 				for _, n := range f.Names() {
-					takesValue[n] = !isBool
+					takesValue[n], isList[n] = !isBool, list
 				}
 			}
 			collect(c.Subcommands)
@@ -346,6 +350,7 @@ func flagsFirst(app *cli.App, args []string) []string {
 	}
 
 	var words, flags, rest []string
+	values := map[string]string{}
 	commands := app.Commands
 	for i := 1; i < len(args); i++ {
 		a := args[i]
@@ -357,17 +362,22 @@ func flagsFirst(app *cli.App, args []string) []string {
 			rest = append(rest, a)
 			continue
 		}
-		if name := strings.TrimLeft(a, "-"); len(a) > 1 && a[0] == '-' {
+		if name, value, _ := strings.Cut(strings.TrimLeft(a, "-"), "="); len(a) > 1 && a[0] == '-' {
 			if a == "--help" || a == "-h" {
-				return slices.Concat(args[:1], words, []string{a}) // whatever else is there
+				return slices.Concat(args[:1], words, []string{a}), nil // whatever else is there
 			}
 			flags = append(flags, a)
-			if takesValue[name] {
+			if takesValue[name] && !strings.Contains(a, "=") {
 				if i++; i == len(args) || isFlag(args[i]) {
-					return slices.Concat(args[:1], words, []string{a}) // what misses its value
+					return slices.Concat(args[:1], words, []string{a}), nil // what misses its value
 				}
-				flags = append(flags, args[i])
+				value = args[i]
+				flags = append(flags, value)
 			}
+			if first, twice := values[name]; twice && first != value && takesValue[name] && !isList[name] {
+				return args, usage.Errorf("--%s is there twice, with two values: give it once", name)
+			}
+			values[name] = value
 			continue
 		}
 		at := slices.IndexFunc(commands, func(c *cli.Command) bool { return c.HasName(a) })
@@ -386,7 +396,7 @@ func flagsFirst(app *cli.App, args []string) []string {
 	if len(rest) > 0 && thumbprint.MatchString(rest[0]) {
 		rest = append([]string{"--"}, rest...)
 	}
-	return slices.Concat(args[:1], words, flags, rest)
+	return slices.Concat(args[:1], words, flags, rest), nil
 }
 
 // thumbprint is one of RFC 7638 that looks like a flag: base64url has the minus sign, and one of 64 begins with it.

@@ -99,6 +99,8 @@ func TestExitCodes(t *testing.T) {
 		{"show x --count", 2, "--count needs a value; see p show --help"},
 		{"show --own --count 1", 2, "--own needs a value; see p show --help"},
 		{"show --own --strange", 0, ""},
+		{"show --own x --count 1 --own=y", 2, "p: --own is there twice, with two values: give it once"},
+		{"show --own x --own x --name a --name b --json --json", 0, ""},
 		{"show x", 2, "takes no arguments"},
 		{"completion tcsh", 2, "bash, zsh and fish"},
 		{"show --config none.yaml", 2, "none.yaml: the configuration cannot be read"},

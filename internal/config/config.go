@@ -3,9 +3,7 @@ package config
 
 import (
 	"cmp"
-	"errors"
 	"fmt"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -13,6 +11,8 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+
+	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 // A Setting documents a field of a configuration C, and says what it may be.
@@ -220,5 +220,5 @@ func find(etc, program, named string) (string, error) {
 // exists says so also of what cannot be looked at: that is an error when it is read.
 func exists(path string) bool {
 	_, err := os.Stat(path)
-	return !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR)
+	return !durable.Missing(err)
 }

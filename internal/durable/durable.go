@@ -44,12 +44,17 @@ func CanMkdir(dir string) error {
 			return nil
 		case err == nil:
 			return fmt.Errorf("%s is a file, and no folder: name another", path)
-		case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTDIR):
+		case !Missing(err):
 			return err
 		}
 	}
 	return fmt.Errorf("there is no folder %s to make %s in: check the name, or make it", filepath.Dir(dir),
 		filepath.Base(dir))
+}
+
+// Missing says whether an error is that a file is not there, or that what should be its folder is a file.
+func Missing(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
 }
 
 // MkdirAll makes a folder and its parents, so that they survive a loss of power.

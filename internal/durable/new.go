@@ -29,18 +29,19 @@ func WriteNew(path string, data []byte, perm os.FileMode) error {
 
 // CheckNew fails if there is a file, or no folder for it. It comes before work whose result is never the same twice.
 func CheckNew(path string) error {
-	_, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		if _, err := os.Stat(filepath.Dir(path)); errors.Is(err, fs.ErrNotExist) {
-			return usage.Errorf("--out: there is no folder %s", filepath.Dir(path))
-		}
-		return nil
-	case err == nil:
-		err = fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one "+
-			"away", path)
+	if folder, err := os.Stat(filepath.Dir(path)); err != nil || !folder.IsDir() {
+		return usage.Errorf("--out: there is no folder %s", filepath.Dir(path))
 	}
-	return err
+	switch there, err := os.Lstat(path); {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return usage.Errorf("--out: %w: name another file", err)
+	case there.IsDir():
+		return usage.Errorf("--out: %s is a folder: name a file in it", path)
+	}
+	return fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one away",
+		path)
 }
 
 // ReadFile reads a file that passes between parties, with a limit on its size.

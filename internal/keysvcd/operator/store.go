@@ -118,7 +118,7 @@ func Migrate(ctx context.Context, token Token, from, to string, report func(rows
 	}
 	target, err := makeStore(ctx, token, to)
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("--to: %w", err)
 	}
 	defer func() { err = errors.Join(err, target.Close()) }()
 	if rows, err = source.Copy(ctx, target, report); err == nil {
@@ -252,7 +252,7 @@ func StoreToken(state, given string) (uri string, err error) {
 	}
 	own, err := os.ReadFile(filepath.Join(state, tokenFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return "", err
+		return "", cmp.Or(durable.CheckFolder("keysvc", state), err)
 	}
 	return cmp.Or(strings.TrimSpace(string(own)), given), nil
 }
