@@ -99,6 +99,7 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 	// Two processes would each make keys for a shard, and the package of one would replace that of the other.
 	unlock, err := durable.Lock(dir)
 	if err != nil {
+		os.Remove(dir) // only an empty one goes
 		return Progress{}, err
 	}
 	defer unlock()

@@ -117,7 +117,8 @@ func (s State) knownLots(ctx context.Context, manufacturer string) (
 ) {
 	read, write, err := sqlite.Open(ctx, s.path(publishedFile), sqlconn.First(publishedSchema))
 	if err != nil {
-		return nil, nil, fmt.Errorf("the line's memory of its lots: %w", err)
+		return nil, nil, fmt.Errorf("the line's memory of its lots: %w: bring it back from a backup, or, if the "+
+			"directory has all lots, remove it", err)
 	}
 	known = map[string]publishedLot{}
 	db := sqlconn.Conn{Operation: "the line's memory of its lots: read it", DB: sqlconn.SQL{DB: read}}

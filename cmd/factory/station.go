@@ -67,6 +67,9 @@ func stationServe(c *cli.Context) error {
 	if c.Duration("timeout") < time.Second {
 		return usage.Errorf("--timeout is a second at least, and better as long as a station needs for a device")
 	}
+	if !config.IsAddress(c.String("listen")) {
+		return usage.Errorf("--listen is HOST:PORT, with a port from 0 to 65535, not %q", c.String("listen"))
+	}
 	for _, name := range c.StringSlice("station") {
 		if err := directory.CheckName(name); err != nil {
 			return usage.Errorf("--station: %v", err)
@@ -80,7 +83,7 @@ func stationServe(c *cli.Context) error {
 		return err
 	}
 	// Without a certificate one sees the wall screen, status, metrics and health: counts, and what each station holds.
-	config, err := config.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
+	secure, err := config.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
 		tls.VerifyClientCertIfGiven)
 	if err != nil {
 		return usage.Mark(err)
@@ -93,7 +96,7 @@ func stationServe(c *cli.Context) error {
 	log.Info("starting", "version", version.Text(), "directory", c.String("directory"), "state", c.String("state"),
 		"stations", c.StringSlice("station"), "address", c.String("listen"))
 	host, _ := os.Hostname()
-	return station.Serve(c.Context, c.String("listen"), config, station.Options{
+	return station.Serve(c.Context, c.String("listen"), secure, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
 		Timeout: c.Duration("timeout"), Log: log,
 		Stations: c.StringSlice("station"), Line: cmp.Or(c.String("line"), host),

@@ -251,6 +251,7 @@ func storeMigrate(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
-		return cmdline.Printf(c, map[string]any{"rows": rows}, "%d rows copied\n", rows)
+		return cmdline.Printf(c, map[string]any{"rows": rows}, "%d rows copied; the store of --to is the "+
+			"service's from now on, and that of --from is refused as an earlier one\n", rows)
 	})
 }

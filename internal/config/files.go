@@ -16,6 +16,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
@@ -73,10 +75,18 @@ func (r *Report) Parent(setting, what, path string) {
 	}
 }
 
-// Made finds out whether a folder is one, or can be made by who is not init.
+// Made finds out whether a folder is one that can be written to, or can be made by who is not init.
 func (r *Report) Made(setting, what, dir string) {
 	if err := durable.CanMkdir(dir); err != nil {
 		r.Add(setting, fmt.Sprintf("%s: %v", what, err), "")
+		return
+	}
+	if !exists(dir) {
+		dir = filepath.Dir(dir)
+	}
+	if err := unix.Access(dir, unix.W_OK); err != nil {
+		r.Add(setting, fmt.Sprintf("%s: %s cannot be written to: %v", what, dir, err), "name another, or chown it to "+
+			"the service's user")
 	}
 }
 
@@ -180,11 +190,8 @@ func Listen(address string) (net.Listener, error) {
 	return l, notHad(address, err)
 }
 
-// SocketFree refuses a Unix socket that somebody serves, and what is none.
+// SocketFree refuses a Unix socket that somebody serves.
 func SocketFree(path string) error {
-	if info, err := os.Stat(path); err == nil && info.Mode()&os.ModeSocket == 0 {
-		return fmt.Errorf("%s is there, and no socket: move it away, or choose another path", path)
-	}
 	c, err := net.Dial("unix", path)
 	if err != nil {
 		return nil

@@ -47,6 +47,9 @@ func CanMkdir(dir string) error {
 		case !Missing(err):
 			return err
 		}
+		if _, err := os.Lstat(path); err == nil {
+			return fmt.Errorf("%s is a link to what is not there: mount or make that, or name another", path)
+		}
 	}
 	return fmt.Errorf("there is no folder %s to make %s in: check the name, or make it", filepath.Dir(dir),
 		filepath.Base(dir))

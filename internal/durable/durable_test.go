@@ -56,12 +56,15 @@ func TestMkdir(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{"a/b", "file", "file/a", "file/a/b"} {
+	if err := os.Symlink("nowhere", filepath.Join(dir, "link")); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{"a/b", "file", "file/a", "file/a/b", "link", "link/a"} {
 		if err := Mkdir(filepath.Join(dir, path), 0o700); err == nil {
 			t.Errorf("%s was made", path)
 		}
 	}
-	if left, err := os.ReadDir(dir); err != nil || len(left) != 2 {
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 3 {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/mattn/go-sqlite3"
+	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/groupcommit"
@@ -28,6 +29,9 @@ const busyTimeout = 5 * time.Second // for the lock of another process
 func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB, write *Writer, err error) {
 	if err := durable.Mkdir(filepath.Dir(path), 0o700); err != nil {
 		return nil, nil, fmt.Errorf("the database's folder cannot be made: %w", err)
+	}
+	if err := writable(path); err != nil {
+		return nil, nil, err
 	}
 	// SQLite would make it with the umask's mode, and gives its own other files the mode of this one.
 	if err := create(path); err != nil {
@@ -88,6 +92,16 @@ func newWriter(ctx context.Context, db *sql.DB, schema sqlconn.Schema) (w *Write
 	return w, nil
 }
 
+// writable fails if the folder of a database cannot be written to, which SQLite needs even to read, for its log, and
+// says nothing of.
+func writable(path string) error {
+	dir := filepath.Dir(path)
+	if err := unix.Access(dir, unix.W_OK); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("the database %s cannot be used: its folder %s cannot be written to: %w", path, dir, err)
+	}
+	return nil
+}
+
 var creating sync.Mutex
 
 // create makes the file, and leaves one that is there alone: closing a file takes away every lock that the process has
@@ -137,6 +151,9 @@ func Number(ctx context.Context, q interface {
 
 // Look gives the number of the schema of the database at path, which is there, and changes nothing; 0 if it has none.
 func Look(ctx context.Context, path string) (number int, err error) {
+	if err := writable(path); err != nil {
+		return 0, err
+	}
 	err = withConn(ctx, path, "&_query_only=on", func(conn *sql.Conn, _ *sqlite3.SQLiteConn) (err error) {
 		number, err = Number(ctx, conn)
 		return err

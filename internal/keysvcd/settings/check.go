@@ -110,7 +110,9 @@ func (c *Config) Inspect(r *config.Report) {
 	if w := c.Equipment.Webhook; w.CA != "" {
 		r.Authority("equipment.webhook.ca", "the webhook's CA", w.CA)
 	}
-	r.Parent("state", "the file log.key in", filepath.Join(c.State, "log.key"))
+	if info, err := os.Stat(c.State); err == nil && !info.IsDir() {
+		r.Add("state", c.State+" is a file", "name the folder that keysvc init has made")
+	}
 	if c.AuditLog != "" && durable.CanMkdir(c.AuditLog) != nil {
 		r.Folder("audit_log", "the folder of the audit log", c.AuditLog, "mount it, make it, or name another")
 	}
@@ -127,6 +129,9 @@ func (c *Config) Inspect(r *config.Report) {
 	}
 	if c.Socket != "" {
 		r.Made("socket", "the folder of the socket", filepath.Dir(c.Socket))
+		if info, err := os.Lstat(c.Socket); err == nil && info.Mode()&os.ModeSocket == 0 {
+			r.Add("socket", c.Socket+" is there, and no socket", "move it away, or choose another path")
+		}
 	}
 }
 

@@ -205,6 +205,10 @@ func Read(from Source) (*Config, *config.Report) {
 func ReadDefaults(from Source) (*Config, *config.Report) {
 	c, r := schema.Read(from.Path, from.Given)
 	if _, ok := from.Given["token"]; ok || len(c.Tokens) == 0 {
+		if len(c.Tokens) > 0 {
+			r.Warn("tokens", "the tokens of the file are not used: the command line or the environment has another",
+				"unset KMEHSM_TOKEN if the file is right")
+		}
 		c.Tokens = []string{c.Token}
 	}
 	c.Token = c.Tokens[0]

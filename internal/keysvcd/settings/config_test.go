@@ -14,6 +14,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/certtest"
+	"github.com/kmehsm/kmehsm/internal/config"
 )
 
 const (
@@ -218,6 +219,19 @@ equipment: {lists: never, history: 0s, webhook: {url: "http://h/"}}
 	}
 }
 
+// A token of the environment takes the place of all tokens of the file, and that is told.
+func TestTokenOfTheEnvironment(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keysvc.yaml")
+	if err := os.WriteFile(path, []byte(aSocket+"tokens: [a, b]\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, r := Read(Source{Path: path, Given: config.Given{"token": {strings.TrimSpace(aToken[len("token: "):])}}})
+	if len(c.Tokens) != 1 || len(r.Problems()) != 1 || r.Err() != nil ||
+		!strings.Contains(r.Problems()[0].What, "the tokens of the file are not used") {
+		t.Errorf("%q, %v", c.Tokens, r.Problems())
+	}
+}
+
 // Files and folders that are not what serve needs, each with its setting's name.
 func TestCheckPlaces(t *testing.T) {
 	dir := certtest.Make(t, "a")
@@ -227,6 +241,9 @@ func TestCheckPlaces(t *testing.T) {
 		}
 	}
 	if err := os.Mkdir(filepath.Join(dir, "folder"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("nowhere", filepath.Join(dir, "link")); err != nil {
 		t.Fatal(err)
 	}
 	const secure = "tls: {certificate: a.pem, key: a.key, client_ca: ca.pem}\n" +
@@ -239,6 +256,8 @@ func TestCheckPlaces(t *testing.T) {
 		{nrf + "nrf_ca: ca.pem}", ""},
 		{"socket: folder", "socket: "},
 		{"socket: file", "socket: "},
+		{"socket: link", "socket: "},
+		{"socket: link/s", "socket: the folder of the socket: "},
 		{"socket: none/none/s", "socket: the folder of the socket: "},
 		{"socket: file/s", "socket: the folder of the socket: "},
 		{aSocket + "store: sqlite:.", "store: store: "},
