@@ -137,12 +137,12 @@ func (l *Line) CreateLot(ctx context.Context, spec LotSpec) (*directory.Manifest
 		return nil, err
 	}
 	for _, other := range earlier {
-		if other.lot == m.Lot {
+		if other.Name == m.Lot {
 			return l.begun(ctx, spec)
 		}
-		if r := m.Overlap(&directory.Manifest{Ranges: other.ranges}); r != nil {
+		if r := m.Overlap(&directory.Manifest{Ranges: other.Ranges}); r != nil {
 			return nil, fmt.Errorf("the IMEIs from %s%06d on are in lot %s already (%d from %s%06d): choose "+
-				"another range", spec.Range.TAC, spec.Range.First, other.lot, r.Count, r.TAC, r.First)
+				"another range", spec.Range.TAC, spec.Range.First, other.Name, r.Count, r.TAC, r.First)
 		}
 	}
 	pub, mechanism, err := l.token.EnsureLotKey(ctx, l.lotKey(m.Lot), spec.Bits, spec.Primes)

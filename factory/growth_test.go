@@ -20,8 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
 	"github.com/kmehsm/kmehsm/factory/inspect"
-	"github.com/kmehsm/kmehsm/internal/sqlconn"
-	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
 	"github.com/kmehsm/kmehsm/kme"
@@ -193,11 +192,8 @@ func manyLots(t testing.TB, line *Line, n int) {
 			Ranges: []directory.Range{{TAC: tac, First: 0, Count: 100_000}}}
 		listed.names = append(listed.names, manifests[i].Lot)
 	}
-	read, write, err := sqlite.Open(t.Context(), line.state.path(publishedFile), sqlconn.First(publishedSchema))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := errors.Join(line.remember(t.Context(), write, manifests), read.Close(), write.Close()); err != nil {
+	known := must(memory.Open(t.Context(), line.state.Dir, line.Manufacturer()))
+	if err := errors.Join(known.Add(t.Context(), manifests), known.Close()); err != nil {
 		t.Fatal(err)
 	}
 	line.store = listed
@@ -223,7 +219,7 @@ func TestPublishedLots(t *testing.T) {
 		t.Fatal(err)
 	}
 	store.take()
-	look := func(want int) (all []publishedLot) {
+	look := func(want int) (all []memory.Lot) {
 		t.Helper()
 		all = must(line.publishedLots(t.Context()))
 		if calls := store.take(); calls["read"] != want || calls["list"] != 1 {
@@ -275,7 +271,7 @@ func BenchmarkCompareWithLots(b *testing.B) {
 	for b.Loop() {
 		all := must(line.publishedLots(b.Context()))
 		for _, other := range all {
-			if m.Overlap(&directory.Manifest{Ranges: other.ranges}) != nil {
+			if m.Overlap(&directory.Manifest{Ranges: other.Ranges}) != nil {
 				b.Fatal("an overlap")
 			}
 		}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/strict"
@@ -116,7 +117,7 @@ func (l *Line) RefreshAll(ctx context.Context, lots []string, validity time.Dura
 		if err != nil {
 			return nil, err
 		}
-		if lots, err = l.state.Lots(ctx, l.Manufacturer()); err != nil {
+		if lots, err = memory.Names(ctx, l.state.Dir, l.Manufacturer()); err != nil {
 			return nil, err // of those that the directory does not have, too
 		}
 		for _, m := range all {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/inspect"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 )
 
@@ -29,7 +30,7 @@ func auditCommand() *cli.Command {
 func audit(c *cli.Context) error {
 	return verify(c, func(ctx context.Context, store directory.Store, v *directory.Verifier, report func(int)) (
 		*inspect.Verification, error) {
-		made, err := state(c).Lots(ctx, v.KeyID())
+		made, err := memory.Names(ctx, c.String("state"), v.KeyID())
 		if err != nil {
 			return nil, err
 		}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/handover"
 )
@@ -78,7 +79,7 @@ func (o *Overview) Lots(ctx context.Context) iter.Seq2[*LotState, error] {
 				return
 			}
 		}
-		made, err := o.state.Lots(ctx, o.verifier.KeyID())
+		made, err := memory.Names(ctx, o.state.Dir, o.verifier.KeyID())
 		for _, lot := range made {
 			if !slices.ContainsFunc(all, func(m *directory.Manifest) bool { return m.Lot == lot }) {
 				err = errors.Join(err, fmt.Errorf("lot %s was made, and the directory does not have it: check "+
