@@ -18,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/rowmac"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -32,23 +33,14 @@ var (
 	known = sqlconn.Schema{Migrations: []string{schema, equipmentSchema}, Least: 2}
 )
 
-// CheckName refuses a text that is no store's name. Its error has no password.
+// CheckName refuses a text that is no store's name, as wrong usage. Its error has no password.
 func CheckName(name string) error {
 	for _, kind := range []string{"sqlite:", "postgres://", "postgresql://"} {
 		if where, ok := strings.CutPrefix(name, kind); ok && where != "" {
 			return nil
 		}
 	}
-	return errors.New("the store is neither sqlite:PATH nor postgres://USER@HOST/DATABASE")
-}
-
-// CheckConnection is CheckName, and refuses a connection string of PostgreSQL that Open would refuse. It does not
-// connect.
-func CheckConnection(name string) error {
-	if err := CheckName(name); err != nil || File(name) != "" {
-		return err
-	}
-	return postgres.Check(name)
+	return usage.Errorf("the store is neither sqlite:PATH nor postgres://USER@HOST/DATABASE")
 }
 
 // Open opens a store, or makes it: sqlite:PATH, or postgres://USER@HOST/DATABASE?sslmode=verify-full. Keep a password

@@ -90,9 +90,6 @@ func storeCommand() *cli.Command {
 
 func storeUpgrade(c *cli.Context) error {
 	role := c.String("role")
-	if err := sqlstore.CheckConnection(c.String("store")); err != nil {
-		return usage.Mark(err)
-	}
 	if err := sqlstore.Upgrade(c.Context, c.String("store"), role); err != nil {
 		return err
 	}

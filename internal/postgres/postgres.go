@@ -54,8 +54,8 @@ func Look(ctx context.Context, name string, schema sqlconn.Schema) (number int, 
 // reached says of an error that there is no connection what to do.
 func reached(err error) error {
 	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "3D000" { // invalid_catalog_name
-		return usage.Mark(fmt.Errorf("its server has no such database: make it (createdb), and its tables (keysvc "+
-			"store upgrade), or correct the connection string: %w", err))
+		return usage.Errorf("its server has no such database: make it (createdb), and its tables (keysvc store "+
+			"upgrade), or correct the connection string: %w", err)
 	}
 	if !errors.As(err, new(*pgconn.ConnectError)) {
 		return err
@@ -64,21 +64,16 @@ func reached(err error) error {
 		"string has the right host, database, role and password (PGPASSFILE): %w", err)
 }
 
-// Check refuses a connection string with which Open cannot begin. It does not connect.
-func Check(name string) error {
-	_, _, err := parse(name)
-	return err
-}
-
 // parse gives what a connection string says, with what the environment adds to it (PGHOST, PGSSLMODE, PGSERVICE, ...),
-// and how many hosts it names. Each host that it may come to is on this machine, or proves by TLS that it has the name
-// by which it is called: a server that somebody else put in its place would be told every sealed KME, and asked for
-// them.
+// and how many hosts it names. What is wrong with it is wrong usage.
+//
+// Each host that it may come to is on this machine, or proves by TLS that it has the name by which it is called: a
+// server that somebody else put in its place would be told every sealed KME, and asked for them.
 func parse(name string) (config *pgx.ConnConfig, hosts int, err error) {
 	config, err = pgx.ParseConfig(name)
 	if err != nil {
 		// err may have the password.
-		return nil, 0, errors.New("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
+		return nil, 0, usage.Errorf("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
 			"cannot be read: it is postgres://USER@HOST/DATABASE?sslmode=verify-full&sslrootcert=FILE, with the CA's " +
 			"certificate in FILE")
 	}
@@ -92,10 +87,10 @@ func parse(name string) (config *pgx.ConnConfig, hosts int, err error) {
 			way.Host != "" {
 			continue
 		}
-		return nil, 0, errors.New("the connection string of PostgreSQL allows a server that does not prove its name: " +
-			"write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate in " +
-			"FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of its " +
-			"Unix socket")
+		return nil, 0, usage.Errorf("the connection string of PostgreSQL allows a server that does not prove its " +
+			"name: write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate " +
+			"in FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of " +
+			"its Unix socket")
 	}
 	return config, len(all), nil
 }

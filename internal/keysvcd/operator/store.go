@@ -63,8 +63,8 @@ func ServeAlone(name string) (unlock func(), err error) {
 
 // makeStore opens a store. If it is in a file that does not exist, it makes it.
 func makeStore(ctx context.Context, token Token, name string) (*sqlstore.Store, error) {
-	if err := sqlstore.CheckConnection(name); err != nil {
-		return nil, usage.Mark(err)
+	if err := sqlstore.CheckName(name); err != nil {
+		return nil, err
 	}
 	if path := sqlstore.File(name); path != "" {
 		if err := durable.CheckOwner("keysvc", filepath.Dir(path)); err != nil {
