@@ -155,17 +155,21 @@ static enum verdict established(struct job *j)
 static enum verdict establish(struct job *j, struct avp *binding)
 {
 	struct avp *terminal = child(j->msg, VENDOR_3GPP, TGPP_TERMINAL_INFORMATION);
+	struct avp *device = child(terminal, VENDOR_3GPP, TGPP_IMEI);
+	struct avp *what = child(binding, own_vendor_id, OWN_BINDING_PAYLOAD);
+	struct avp *which = child(binding, own_vendor_id, OWN_BINDING_ATTEMPT);
 	char imei[17], attempt[KME_ATTEMPT + 1];
-	size_t size;
-	uint8_t *payload = octets(child(binding, own_vendor_id, OWN_BINDING_PAYLOAD), &size), *id;
-	size_t id_size;
+	size_t size, id_size;
+	uint8_t *payload = octets(what, &size), *id = octets(which, &id_size);	/* case-sensitive */
 
+	if (next(device, VENDOR_3GPP, TGPP_IMEI) || next(what, own_vendor_id, OWN_BINDING_PAYLOAD) ||
+	    next(which, own_vendor_id, OWN_BINDING_ATTEMPT))
+		return malformed(j, "DIAMETER_AVP_OCCURS_TOO_MANY_TIMES");
 	if (!j->may_provision) {
 		count(REFUSED);
 		return reject_payload(j, KME_NOT_ALLOWED, "provisioning is not for this origin");
 	}
-	text_of(child(terminal, VENDOR_3GPP, TGPP_IMEI), imei, sizeof(imei));
-	id = octets(child(binding, own_vendor_id, OWN_BINDING_ATTEMPT), &id_size);	/* case-sensitive */
+	text_of(device, imei, sizeof(imei));
 	if (id_size > KME_ATTEMPT)
 		id_size = 0;
 	if (id_size)
