@@ -91,10 +91,6 @@ static int set_text(const char *key, const char *value)
 
 	for (i = 0; i < sizeof(texts) / sizeof(*texts); i++)
 		if (!strcmp(key, texts[i].key)) {
-			if (*texts[i].to) {
-				LOG_F("kme: %s is there twice: it is the same for each service", key);
-				return EINVAL;
-			}
 			*texts[i].to = value;
 			return 0;
 		}
@@ -192,17 +188,24 @@ static int set_choice(const char *key, const char *value)
 	return 0;
 }
 
+/* All but lists may be there once: of two values, one is not what its writer meant. */
 static int set(const char *key, const char *value)
 {
-	int (*const sorts[])(const char *, const char *) = { set_text, set_number, set_list, set_choice };
-	size_t i;
+	int (*const sorts[])(const char *, const char *) = { set_text, set_number, set_choice };
+	int err = set_list(key, value), i;
 
-	for (i = 0; i < sizeof(sorts) / sizeof(*sorts); i++) {
-		int err = sorts[i](key, value);
-
-		if (err != 1)
-			return err;
+	for (i = 0; err == 1 && i < conf.keys.n; i++)
+		if (!strcmp(conf.keys.of[i], key)) {
+			LOG_F("kme: %s is there twice", key);
+			return EINVAL;
+		}
+	for (i = 0; err == 1 && i < 3; i++) {
+		err = sorts[i](key, value);
+		if (!err)
+			conf.keys.of[conf.keys.n++] = key;
 	}
+	if (err != 1)
+		return err;
 	LOG_F("kme: there is no setting \"%s\"", key);
 	return EINVAL;
 }
@@ -250,6 +253,11 @@ static const char *twice(const struct list *l)
 	return NULL;
 }
 
+static int given(const char *text)
+{
+	return text && *text;
+}
+
 int conf_read(const char *path)
 {
 	struct kme_service *s = &conf.service;
@@ -283,7 +291,7 @@ int conf_read(const char *path)
 		return EINVAL;
 	}
 	for (i = 0; i < s->n; i++)
-		if (begins(s->urls[i], "https:") && (!s->ca || !*s->ca || !s->cert || !s->key)) {
+		if (begins(s->urls[i], "https:") && (!given(s->ca) || !given(s->cert) || !given(s->key))) {
 			LOG_F("kme: %s: https needs ca, cert and key, the files of mutual TLS", path);
 			return EINVAL;
 		}

@@ -21,6 +21,7 @@ enum mode { MODE_REFUSE, MODE_PROCESS, MODE_PASS };
 struct conf {
 	struct kme_service service;
 	struct list services;			/* whose instances these are */
+	struct list keys;			/* of all settings that are there, but lists */
 	char *text;				/* the file, which the strings point into */
 	uint32_t vendor;
 	long handlers, origin_rate;
