@@ -174,6 +174,23 @@ func TestS6aMalformed(t *testing.T) {
 					}
 				}
 			}
+			// What is there twice, in a request that is well otherwise, means two things.
+			ulr := [][]byte{user, avp(277, 0, []byte{0, 0, 0, 1}, 0), avp(1407, tgpp, []byte("\x00\xf1\x10"), 0),
+				avp(1032, tgpp, []byte{0, 0, 3, 0xec}, 0), avp(1405, tgpp, []byte{0, 0, 0, 0x22}, 0)}
+			payloads := slices.Concat(avp(2, own, payload, 0), avp(2, own, payload, 0), avp(3, own, attempt, 0))
+			attempts := slices.Concat(avp(2, own, payload, 0), avp(3, own, attempt, 0), avp(3, own, attempt, 0))
+			twice := map[string][][]byte{
+				"two payloads": {avp(1, own, payloads, 0), terminal(imei, 0)},
+				"two attempts": {avp(1, own, attempts, 0), terminal(imei, 0)},
+			}
+			if front == "agent" { // an HSS has rules of its own for what is 3GPP's
+				twice["two IMEIs"] = [][]byte{binding(payload, attempt, 0),
+					avp(1401, tgpp, slices.Repeat(avp(1402, tgpp, imei, 0), 2), 0)}
+			}
+			for name, avps := range twice {
+				m.expect(name, "ULA 5009", "RAW", "316", "c0",
+					hex.EncodeToString(bytes.Join(append(slices.Clone(ulr), avps...), nil)))
+			}
 			// Nobody is worse for it, once a connection that was closed for it is open again.
 			client.connected(front)
 			if result := d.attach("m", true, "--first", "2", "--count", "5"); result.Attached != 5 {
@@ -295,6 +312,9 @@ func TestS6aConfiguration(t *testing.T) {
 		"from 1 to 16, not 17":   strings.Repeat("service = unix:/x\n", 17),
 		"unix:/x is there twice": "service = unix:/x\nservice = unix:/y\nservice = unix:/x",
 		"ca is there twice":      "service = https://a\nca = /a\nca = /b",
+		"swx is there twice":     "service = unix:/x\nswx = refuse\nswx = pass",
+		"breaker is there twice": "service = unix:/x\nbreaker = 3\nbreaker = 30",
+		"https needs ca, cert":   "service = https://127.0.0.1:1\nca = /a\ncert =\nkey = /k",
 		"timeout_ms is a number": "service = unix:/x\ntimeout_ms = 5s",
 		"rejected is":            "service = unix:/x\nrejected = maybe",
 		"the beginning of IMSIs": "service = unix:/x\nopen = 1",
