@@ -307,6 +307,7 @@ func TestS6aConfiguration(t *testing.T) {
 		"https needs ca":         "service = https://127.0.0.1:1",
 		"https needs ca, ":       "service = https://127.0.0.1:1\nca =\ncert = /c\nkey = /k",
 		"service is https":       "service = http://127.0.0.1:1",
+		"not \"https://a:1/\"":   "service = https://a:1/",
 		"has 107 bytes at most":  "service = unix:/" + strings.Repeat("s", 107),
 		"from 1 to 16, not 0":    "vendor = 1",
 		"from 1 to 16, not 17":   strings.Repeat("service = unix:/x\n", 17),

@@ -73,7 +73,8 @@ static int begins(const char *s, const char *with)
 
 static const char *bad_service(const char *s)
 {
-	if (begins(s, "unix:/") ? strlen(s) > 5 + MAX_SOCKET : !begins(s, "https://") || !s[8] || strlen(s) > 200)
+	if (begins(s, "unix:/") ? strlen(s) > 5 + MAX_SOCKET :
+				  !begins(s, "https://") || !s[8] || strchr(s + 8, '/') || strlen(s) > 200)
 		return "https://HOST:PORT or unix:/PATH, whose path has 107 bytes at most";
 	return NULL;
 }
