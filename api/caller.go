@@ -20,9 +20,9 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 )
 
-// A caller is who is at the other end of a request. Its Actor is in the context, too.
+// A caller is who has sent a request. Its Actor is in the context, too.
 type caller struct {
-	client      *Client           // nil: nobody knows it
+	client      *Client           // nil: it is not known
 	certificate *x509.Certificate // that was verified; nil on the Unix socket
 	uid         int               // at the other end of the Unix socket; -1 elsewhere
 }
@@ -32,10 +32,10 @@ type (
 	connectionKey struct{}
 )
 
-// A connection is what its requests know of it.
+// A connection has what all of its requests share.
 type connection struct {
 	uid     int          // of the user at the other end of a Unix socket; -1 elsewhere
-	streams atomic.Int32 // that it has open
+	streams atomic.Int32 // open ones
 }
 
 // ConnContext remembers the user at the other end of a Unix socket, and counts streams. It is for http.Server.
@@ -53,18 +53,18 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, connectionKey{}, &connection{uid: uid})
 }
 
-// ConnState has TLS handshakes that fail logged and counted. It is for http.Server.
+// ConnState logs and counts failed TLS handshakes. It is for http.Server.
 func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
 	return func(c net.Conn, state http.ConnState) {
 		t, ok := c.(*tls.Conn)
 		if !ok || state != http.StateClosed {
 			return
 		}
-		err := t.Handshake() // it has been: this is how it went
+		err := t.Handshake() // it has ended: this gives its error
 		var transport *net.OpError
 		switch broken := errors.As(err, &transport) && (transport.Op == "read" || transport.Op == "write"); {
 		case err == nil, errors.Is(err, io.EOF), broken:
-			// who went, or is slow, has shown nothing that could be refused
+			// a peer that is gone or slow was not refused
 			return
 		}
 		why, attrs, actor := "handshake", []any{"cause", err.Error()}, binding.Actor{Address: c.RemoteAddr().String()}
@@ -91,7 +91,7 @@ func identify(clients *Clients, next http.Handler) http.Handler {
 	})
 }
 
-// know gives a context to what a caller asks for: its client is the one of these.
+// know finds the client of a caller among these, and puts it into the context.
 func (c *Clients) know(ctx context.Context, who caller, actor binding.Actor) context.Context {
 	who.client, actor.Client, actor.Role = c.of(who.certificate, who.uid), "", ""
 	if who.client != nil {
@@ -103,20 +103,20 @@ func (c *Clients) know(ctx context.Context, who caller, actor binding.Actor) con
 func callerOf(ctx context.Context) *caller { return ctx.Value(callerKey{}).(*caller) }
 func clientOf(ctx context.Context) *Client { return callerOf(ctx).client }
 
-// as has the Actor of a context act by a role.
+// as puts a role into the Actor of a context.
 func as(ctx context.Context, r Role) context.Context {
 	actor := binding.ActorOf(ctx)
 	actor.Role = string(r)
 	return binding.WithActor(ctx, actor)
 }
 
-// fingerprint is what a certificate is known by: its SHA-256, in hexadecimal.
+// fingerprint is a certificate's SHA-256, in hexadecimal.
 func fingerprint(c *x509.Certificate) string {
 	sum := sha256.Sum256(c.Raw)
 	return hex.EncodeToString(sum[:])
 }
 
-// describe is what a certificate says of itself, for the log. Its fingerprint is in the Actor.
+// describe gives a certificate's names, for the log. Its fingerprint is in the Actor.
 func describe(c *x509.Certificate) []any {
 	names := append([]string(nil), c.DNSNames...)
 	for _, uri := range c.URIs {
@@ -125,7 +125,7 @@ func describe(c *x509.Certificate) []any {
 	return []any{"subject", c.Subject.String(), "names", names, "not_after", c.NotAfter}
 }
 
-// callOf is what a request asks for, for the log: a call by its method's name, as metrics have it; else the path.
+// callOf names a request in the log: a call by its method, as in metrics; else the path.
 func callOf(path string) []any {
 	if method, ok := strings.CutPrefix(path, "/"+kmev1connect.KeyServiceName+"/"); ok {
 		return []any{"call", method}
@@ -133,7 +133,7 @@ func callOf(path string) []any {
 	return []any{"path", path}
 }
 
-// stranger logs and counts a caller that nobody knows, and what it asked for.
+// stranger logs and counts an unknown caller, and its request.
 func stranger(ctx context.Context, service *binding.Service, path string) {
 	why, attrs := "user", callOf(path)
 	if c := callerOf(ctx).certificate; c != nil {

@@ -28,10 +28,10 @@ const (
 	RoleExport  Role = "kme-export" // be answered the KME by EstablishKME
 )
 
-// roles are all of them. Whoever has one may ask whether the service is ready.
+// roles are all of them. A client with any role may ask whether the service is ready.
 var roles = []Role{RoleHSS, RoleEIR, RoleAdmin, RoleMonitor, RoleMetrics, RoleExport}
 
-// allowed has the roles that each method wants one of. A method that is not here is nobody's.
+// allowed has the roles of each method, of which a client needs one. Nobody may call a method that is not here.
 var allowed = map[string][]Role{
 	kmev1connect.KeyServicePrepareVectorProcedure:        {RoleHSS},
 	kmev1connect.KeyServiceEstablishKMEProcedure:         {RoleHSS},
@@ -45,14 +45,14 @@ var allowed = map[string][]Role{
 	kmev1connect.KeyServiceStreamProcedure:               {RoleHSS, RoleEIR, RoleAdmin, RoleMonitor}, // as its calls
 }
 
-// A Client is who may call, by certificate or by user.
+// A Client may call the service. It is known by its certificate or its user.
 type Client struct {
 	Name  string   `yaml:"name"`
 	SAN   string   `yaml:"san"`   // a DNS name or URI of its certificate
 	UID   *int     `yaml:"uid"`   // the user at the other end of the Unix socket
 	Roles []Role   `yaml:"roles"` // at least one
 	PLMNs []string `yaml:"plmns"` // MCC and MNC, whose IMSIs it may name; or all; none for metrics alone
-	Rate  float64  `yaml:"rate"`  // calls a second, and as many at once; 0 for no limit
+	Rate  float64  `yaml:"rate"`  // calls a second, which may come all at once; 0 for no limit
 
 	// Origins from which devices may be provisioned: home (the default), any, MCC and MNC, names of hosts, or *.SUFFIX.
 	ProvisionFrom []string `yaml:"provision_from"`
@@ -62,11 +62,11 @@ type Client struct {
 	view  binding.BindingQuery // for the IMSIs that it may name
 }
 
-// plmns are all PLMNs that a configuration names, for whichever client. MNCs have two digits or three, which no IMSI
-// tells: what it begins with is the longest PLMN that is named.
+// plmns are all PLMNs that a configuration names, for any client. An MNC has two or three digits, and an IMSI does not
+// say how many: its PLMN is the longest one here that it begins with.
 type plmns map[string]bool
 
-// of is the PLMN of an IMSI; empty if it is none that is named.
+// of is the PLMN of an IMSI; empty if it is not here.
 func (k plmns) of(imsi string) string {
 	for _, n := range []int{6, 5} {
 		if len(imsi) >= n && k[imsi[:n]] {
@@ -76,7 +76,7 @@ func (k plmns) of(imsi string) string {
 	return ""
 }
 
-// ofName are those that the name of a PLMN's node may stand for: an MNC of two digits has a 0 before it in a name.
+// ofName are the PLMNs that a node's name may mean: in a name, an MNC of two digits has a 0 before it.
 func (k plmns) ofName(origin string) []string {
 	if !ofPLMN.MatchString(origin) {
 		return nil
@@ -89,7 +89,8 @@ func (k plmns) ofName(origin string) []string {
 	return []string{mcc + mnc, mcc + mnc[1:]}
 }
 
-// view is that of a client that may name some PLMNs: theirs are not the IMSIs that begin with a longer one, of others.
+// view is the view of a client that may name some PLMNs. It excludes IMSIs of longer PLMNs that the client may not
+// name.
 func (k plmns) view(some []string) (v binding.BindingQuery) {
 	if slices.Contains(some, all) {
 		return v
@@ -114,7 +115,7 @@ const (
 	anywhere = "any"
 )
 
-// Clients says who may do what. It does not change.
+// Clients says who may do what. It is immutable.
 type Clients struct {
 	bySAN map[string]*Client
 	byUID map[int]*Client
@@ -218,7 +219,7 @@ func (c *Clients) add(e *Client) (wrong []error) {
 	return wrong
 }
 
-// OtherUsers says whether clients are known by another user than own, and so whether those are to reach the socket.
+// OtherUsers says whether a client is known by another user than own: then the socket must be open for others.
 func (c *Clients) OtherUsers(own int) bool {
 	for uid := range c.byUID {
 		if uid != own {
@@ -228,8 +229,7 @@ func (c *Clients) OtherUsers(own int) bool {
 	return false
 }
 
-// of is who is at the other end; nil if it is nobody who may call. Of a certificate the first name that is known
-// counts.
+// of is the client of a caller; nil if it is none. A certificate's first known name counts.
 func (c *Clients) of(certificate *x509.Certificate, uid int) *Client {
 	if certificate == nil {
 		return c.byUID[uid]
@@ -247,7 +247,7 @@ func (c *Clients) of(certificate *x509.Certificate, uid int) *Client {
 	return nil
 }
 
-// as is the first of some roles that a client has; empty if it has none of them.
+// as is the first of these roles that a client has; empty if it has none.
 func (e *Client) as(some ...Role) Role {
 	for _, r := range some {
 		if e != nil && slices.Contains(e.Roles, r) {
@@ -257,7 +257,7 @@ func (e *Client) as(some ...Role) Role {
 	return ""
 }
 
-// origin is who asked a client for an IMSI, and whether devices may be provisioned from there.
+// origin gives the origin that a client names for an IMSI, and whether devices may be provisioned from there.
 func (e *Client) origin(name, imsi string, declined bool) (o binding.Origin, err error) {
 	if o.Name, err = kme.ParseOrigin(name); err != nil {
 		return o, malformed(err)
@@ -296,13 +296,13 @@ func isDigits(s string) bool { return strings.Trim(s, "0123456789") == "" }
 // isPLMN says whether a text is MCC and MNC.
 func isPLMN(s string) bool { return (len(s) == 5 || len(s) == 6) && isDigits(s) }
 
-// ofPLMN is how the names of a PLMN's nodes end; its MNC has three digits always.
+// ofPLMN is the end of the names of a PLMN's nodes. Its MNC always has three digits.
 var ofPLMN = regexp.MustCompile(`\.mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org$`)
 
 // tooMany says whether a client calls more often than it may.
 func (e *Client) tooMany() bool { return e != nil && e.limit != nil && !e.limit.Allow() }
 
-// notAllowed is one answer, whatever the caller lacks.
+// notAllowed is the one answer, whatever the caller lacks.
 func notAllowed() *binding.Refusal {
 	return &binding.Refusal{Reason: kme.CallerNotAllowed, Message: "this client may not do that"}
 }

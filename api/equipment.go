@@ -9,8 +9,8 @@ import (
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 )
 
-// CheckEquipment makes that call for whoever has sent a request of another protocol, as if it had come by itself. A
-// refusal is a *binding.Refusal.
+// CheckEquipment makes that call for the sender of a request in another protocol, with the same checks. A refusal is a
+// *binding.Refusal.
 func (h *Handler) CheckEquipment(r *http.Request, q *kmev1.CheckEquipmentRequest) (
 	answer *kmev1.CheckEquipmentResponse, err error) {
 	identify(h.clients, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {

@@ -16,14 +16,14 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A guard is around each call of the service.
+// A guard checks each call of the service.
 type guard struct {
 	service *binding.Service
 	metrics *binding.Metrics
 	errors  *connect.ErrorWriter
 }
 
-// finish ends a call's work with an answer, also where it panics: net/http would end the connection.
+// finish gives a call an answer even if it panics: net/http would end the connection.
 func (g *guard) finish(ctx context.Context, procedure string, work func() error) error {
 	err := func() (err error) {
 		defer panics.Recover(&err)
@@ -39,8 +39,7 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	return err
 }
 
-// admit refuses what a client may not do, or not so often. The context that it gives is for what follows, refused or
-// not.
+// admit refuses a call that a client may not make, or not so often. Use its context afterwards, also after a refusal.
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	ctx, err := g.may(ctx, procedure, message)
 	if err == nil && clientOf(ctx).tooMany() {
@@ -49,12 +48,12 @@ func (g *guard) admit(ctx context.Context, procedure string, message any) (conte
 	return ctx, err
 }
 
-// may refuses what a client may not do.
+// may refuses a call that a client may not make.
 func (g *guard) may(ctx context.Context, procedure string, message any) (context.Context, error) {
 	client := clientOf(ctx)
 	named, names := message.(interface{ GetImsi() string })
 	if _, device := message.(*kmev1.CheckEquipmentRequest); device && named.GetImsi() == "" {
-		names = false // a device alone is of no PLMN
+		names = false // a device alone has no PLMN
 	}
 	role := client.as(allowed[procedure]...)
 	if role == "" || names && !client.view.Has(named.GetImsi()) {
@@ -79,7 +78,7 @@ func imsiOf(message any) []any {
 	return nil
 }
 
-// only serves clients that have one of some roles, as often as they may call.
+// only serves clients with one of these roles, as often as they may call.
 func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		role := clientOf(r.Context()).as(some...)
@@ -98,7 +97,7 @@ func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 	})
 }
 
-// deny tells a caller that it may not do that, or not so often, in the protocol that it speaks.
+// deny refuses a request in the caller's protocol.
 func (g *guard) deny(w http.ResponseWriter, r *http.Request, refusal *binding.Refusal) error {
 	told, code := toConnect(refusal), http.StatusForbidden
 	setReason(w.Header(), told)
@@ -112,9 +111,8 @@ func (g *guard) deny(w http.ResponseWriter, r *http.Request, refusal *binding.Re
 	return nil
 }
 
-// around makes a call unless its client may not make it: then it is refused before anything is done for it.
-// The call gets a context whose Actor has the role by which it may, and is counted by what the caller is
-// answered.
+// around makes a call if its client may make it; otherwise it refuses before anything else is done. The Actor in the
+// call's context has the role that allows it. The call is counted by its answer.
 func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (answer connect.AnyResponse, err error) {
 		start, procedure := time.Now(), req.Spec().Procedure
@@ -136,7 +134,7 @@ func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 	}
 }
 
-// tellReason has the reason of a refusal in the header of the response.
+// tellReason puts the reason of a refusal into the response's header.
 func tellReason(next connect.UnaryFunc) connect.UnaryFunc {
 	return func(ctx context.Context, req connect.AnyRequest) (connect.AnyResponse, error) {
 		answer, err := next(ctx, req)
@@ -147,7 +145,7 @@ func tellReason(next connect.UnaryFunc) connect.UnaryFunc {
 	}
 }
 
-// setReason has the reason of a refusal where clients of every protocol find it alike.
+// setReason puts the reason of a refusal where clients of all protocols find it.
 func setReason(h http.Header, err error) {
 	if r := refusalOf(err); r != nil {
 		h.Set(kme.ReasonHeader, string(r.Reason))
@@ -178,7 +176,7 @@ func refusalOf(err error) *binding.Refusal {
 	return r
 }
 
-// told is an error whose text is what the caller may know.
+// told is an error whose text the caller may see.
 type told struct {
 	text string
 	error
@@ -187,7 +185,7 @@ type told struct {
 func (t told) Error() string { return t.text }
 func (t told) Unwrap() error { return t.error }
 
-// toConnect tells a caller what it may know: a refusal's reason and message, never its cause.
+// toConnect makes the caller's error: a refusal's reason and message, never its cause.
 func toConnect(err error) error {
 	r := refusalOf(err)
 	switch {

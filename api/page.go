@@ -31,5 +31,5 @@ func For(role Role, service *binding.Service, clients *Clients, pages http.Handl
 	}))
 }
 
-// View is what the client that asks may see of bindings.
+// View is which bindings the client of a request may see.
 func View(ctx context.Context) binding.BindingQuery { return clientOf(ctx).view }

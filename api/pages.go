@@ -13,7 +13,7 @@ import (
 )
 
 // pages makes and reads the tokens of ListBindings: the last IMSI of a page, encrypted, for one view of one client. All
-// tokens are as long. The AEAD chooses its nonces.
+// tokens have the same length. The AEAD chooses its nonces.
 type pages struct{ cipher.AEAD }
 
 func newPages(key kme.Secret) (p pages) {
@@ -21,7 +21,7 @@ func newPages(key kme.Secret) (p pages) {
 	if err == nil {
 		p.AEAD, err = cipher.NewGCMWithRandomNonce(block)
 	}
-	if err != nil { // of a key that has not 32 bytes, which no Secret is
+	if err != nil { // the key does not have 32 bytes, which cannot be
 		panic(err)
 	}
 	return p
@@ -47,7 +47,7 @@ func (p pages) after(c *Client, imei kme.IMEI, token string) (string, error) {
 	return strings.TrimRight(string(sealed), " "), nil
 }
 
-// asked is what a token is good for: a client as the configuration has it, and the bindings that it asked for.
+// asked is what a token is valid for: a client as configured, and the bindings that it asked for.
 func asked(c *Client, imei kme.IMEI) []byte {
 	out, err := json.Marshal([]any{c.Name, c.SAN, c.UID, slices.Sorted(slices.Values(c.PLMNs)), imei})
 	if err != nil { // texts and numbers

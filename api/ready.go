@@ -10,11 +10,11 @@ import (
 )
 
 const (
-	readyFor  = time.Second     // how long an answer is given again
-	readyWait = 5 * time.Second // how long it may take to find
+	readyFor  = time.Second     // how long an answer is reused
+	readyWait = 5 * time.Second // how long a check may take
 )
 
-// readiness finds out at most once in readyFor whether the service is ready, however many ask.
+// readiness checks at most once in readyFor whether the service is ready, however many ask.
 type readiness struct {
 	leaving func() bool                                          // nil: never
 	find    func(context.Context) (warnings []string, err error) // does not panic
@@ -30,7 +30,7 @@ type readyAnswer struct {
 	found    time.Time
 }
 
-// ask gives the last answer, or waits for the next one. That the service ends is known at once.
+// ask gives the last answer, or waits for the next one. If the service is about to end, it says so at once.
 func (r *readiness) ask(ctx context.Context) ([]string, error) {
 	if r.leaving != nil && r.leaving() {
 		return nil, errLeaving
@@ -39,7 +39,7 @@ func (r *readiness) ask(ctx context.Context) ([]string, error) {
 		if last := r.last.Load(); last != nil && time.Since(last.found) < readyFor {
 			return last, nil
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), readyWait) // it is for whoever asks
+		ctx, cancel := context.WithTimeout(context.Background(), readyWait) // all who ask share it
 		defer cancel()
 		a := new(readyAnswer)
 		a.warnings, a.err = r.find(ctx)

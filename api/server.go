@@ -26,7 +26,7 @@ import (
 // maxRequest is above any valid request: the largest payload has 512 bytes.
 const maxRequest = 16 << 10
 
-// minCompressed keeps all answers but those of ListBindings as they are: of random bytes, compression makes more.
+// minCompressed is above all answers but those of ListBindings: random bytes grow if they are compressed.
 const minCompressed = 4 << 10
 
 // Options are what NewHandler serves, and for whom.
@@ -36,14 +36,14 @@ type Options struct {
 	Metrics *binding.Metrics      // counts the calls
 	Gather  http.Handler          // serves GET /metrics
 	Outer   []connect.Interceptor // are around each call
-	// Ready fails while the service cannot do its work, and warns of what it goes on without for now. It is
-	// asked once a second at most.
+	// Ready fails while the service cannot work. Its warnings are about what the service can do without for some time.
+	// It is asked once a second at most.
 	Ready func(context.Context) (warnings []string, err error)
 	// Leaving, if there is one, is asked whenever a caller asks whether the service is ready. If it says true, the
 	// service is not, and Ready is not asked.
 	Leaving func() bool
-	// PageKey is the one of ListBindings' tokens, which all instances share. Without it, tokens are good for this
-	// Handler.
+	// PageKey is the key of ListBindings' tokens, which all instances share. Without it, tokens are valid for this
+	// Handler only.
 	PageKey kme.Secret
 	// Streams outlast this Handler. Without them, its streams are its own.
 	Streams *Streams
@@ -59,8 +59,7 @@ type Handler struct {
 }
 
 // NewHandler serves the service, and health: /healthz, for everybody, says that the process runs; /readyz and gRPC's
-// health service, for clients, what Ready says. gRPC's reflection, which tells all that can be called, is for
-// administrators.
+// health service, for clients, what Ready says. gRPC's reflection is for administrators.
 func NewHandler(o Options) *Handler {
 	if o.PageKey == (kme.Secret{}) {
 		o.PageKey = kme.RandomSecret()
@@ -73,7 +72,7 @@ func NewHandler(o Options) *Handler {
 	s := &server{service: o.Service, pages: newPages(o.PageKey), guard: g, streams: o.Streams}
 	mux.Handle(kmev1connect.NewKeyServiceHandler(s, connect.WithConditionalHandlerOptions(
 		func(spec connect.Spec) []connect.HandlerOption {
-			if spec.StreamType == connect.StreamTypeBidi { // its calls have the interceptors, each by itself
+			if spec.StreamType == connect.StreamTypeBidi { // the interceptors are around each of its calls
 				return []connect.HandlerOption{connect.WithReadMaxBytes(maxMessage),
 					connect.WithCompression("gzip", nil, nil)}
 			}
@@ -83,7 +82,7 @@ func NewHandler(o Options) *Handler {
 				connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(unary...)}
 		})))
 	for procedure := range allowed {
-		if procedure != kmev1connect.KeyServiceStreamProcedure { // whose calls are counted as theirs
+		if procedure != kmev1connect.KeyServiceStreamProcedure { // its calls are counted one by one
 			o.Metrics.Methods(path.Base(procedure))
 		}
 	}
@@ -102,7 +101,7 @@ func NewHandler(o Options) *Handler {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { w.Write([]byte("ok\n")) })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
 		warnings, err := ready.ask(r.Context())
-		if err != nil { // why is for the log of whoever runs the service
+		if err != nil { // the cause is only for the log
 			http.Error(w, "not ready", http.StatusServiceUnavailable)
 			return
 		}
@@ -119,14 +118,14 @@ func NewHandler(o Options) *Handler {
 	h.Handler = identify(o.Clients, withControl(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		err := func() (err error) {
 			defer panics.Recover(&err)
-			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // nothing of its body is read
+			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // its body is not read
 				stranger(r.Context(), g.service, r.URL.Path)
 				return g.deny(w, r, notAllowed())
 			}
 			mux.ServeHTTP(w, r)
 			return nil
 		}()
-		if err != nil { // of no call: guard has had those
+		if err != nil { // not of a call: guard handles those
 			o.Service.Broken(r.Context(), err, callOf(r.URL.Path)...)
 			http.Error(w, "internal error", http.StatusInternalServerError)
 		}
@@ -134,7 +133,7 @@ func NewHandler(o Options) *Handler {
 	return h
 }
 
-// A checker says over gRPC what /readyz says.
+// A checker answers over gRPC as /readyz does.
 type checker struct{ ready *readiness }
 
 func (c *checker) Check(ctx context.Context, req *grpchealth.CheckRequest) (*grpchealth.CheckResponse, error) {
@@ -154,7 +153,7 @@ type server struct {
 	streams *Streams
 }
 
-// subject parses what most calls name: an IMSI, and the origin that asked the client for it.
+// subject parses the IMSI of a call, and its origin.
 func subject(ctx context.Context, imsiText, origin string, declined bool) (imsi kme.IMSI, o binding.Origin, err error) {
 	if o, err = clientOf(ctx).origin(origin, imsiText, declined); err == nil {
 		imsi, err = parseIMSI(imsiText)
@@ -172,7 +171,7 @@ func parseIMEI(text string) (kme.IMEI, error) {
 	return imei, malformed(err)
 }
 
-// malformed is the refusal of what cannot be parsed.
+// malformed is the refusal of an argument that cannot be parsed.
 func malformed(err error) error {
 	if err == nil {
 		return nil
@@ -228,8 +227,7 @@ func (s *server) EstablishKME(
 	if err != nil {
 		return nil, err
 	}
-	// The answer's copy of the KME is the marshaller's, who does not wipe it: that is what a
-	// client with kme-export asks for.
+	// The encoder has a copy of the KME, and does not wipe it. A client with kme-export accepts that.
 	return connect.NewResponse(&kmev1.EstablishKMEResponse{NwSig: e.NWSig, State: toState(e.State),
 		Kme: e.KME.Bytes()}), nil
 }
@@ -343,7 +341,7 @@ func (s *server) ListBindings(
 	}
 	client := clientOf(ctx)
 	q := client.view
-	q.Limit = size + 1 // is there more
+	q.Limit = size + 1 // one more says whether there is a next page
 	var err error
 	if req.Msg.Imei != "" {
 		if q.IMEI, err = parseIMEI(req.Msg.Imei); err != nil {

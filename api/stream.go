@@ -19,10 +19,10 @@ import (
 )
 
 const (
-	// maxUnderWay bounds a stream's calls that were read and whose answers were not written: with them its goroutines
-	// and its memory, also where the client reads no answers. At the bound nothing more is read: the calls wait with
-	// the client, as those wait that are more than an HTTP/2 connection may have. What is too much for the service is
-	// refused by the service itself, which knows of all clients.
+	// maxUnderWay bounds how many calls of a stream were read and not answered: so it bounds the goroutines and memory
+	// of a stream, even if the client reads no answers. At the bound nothing more is read, and calls wait at the
+	// client, as with the streams of an HTTP/2 connection. Overload is refused by the service itself, which knows all
+	// clients.
 	maxUnderWay = 512
 	// maxStreams of one connection.
 	maxStreams = 4
@@ -32,13 +32,12 @@ const (
 	maxWait = time.Minute
 )
 
-// Streams are the streams that clients have open. They outlast a Handler: each of their calls is made by the one that
-// serves then.
+// Streams has the open streams of clients. They outlast a Handler: each call is made by the present one.
 type Streams struct {
 	serving  atomic.Pointer[Handler]
 	draining context.Context
 	drain    context.CancelFunc
-	// how long a client may leave no room for its answers, before its stream is ended; up to twice as long, in fact
+	// how long a client may not take answers before its stream is ended; in fact up to twice as long
 	patience time.Duration
 }
 
@@ -49,10 +48,10 @@ func NewStreams() *Streams {
 	return s
 }
 
-// Serve has a Handler make the calls from now on. Those under way end as they began.
+// Serve sets the Handler of new calls. Calls under way keep theirs.
 func (s *Streams) Serve(h *Handler) { s.serving.Store(h) }
 
-// Drain ends all streams, each once what is under way is answered. It does not wait.
+// Drain ends all streams, each after its calls under way are answered. It does not wait.
 func (s *Streams) Drain() { s.drain() }
 
 type controlKey struct{}
@@ -94,18 +93,18 @@ func (s *server) Stream(
 	return err
 }
 
-// A stream is one that is served.
+// A stream is a stream that is served.
 type stream struct {
 	*Streams
 	*connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse]
-	places  chan struct{}      // has one for each call from when it is read until its answer is written
+	places  chan struct{}      // has one for each call that was read and whose answer was not written
 	answers chan *kmev1.Answer // never full: each has a place
-	work    chan func()        // calls for goroutines that have made one before
+	work    chan func()        // calls for idle goroutines
 	calls   sync.WaitGroup
 	writing atomic.Int64 // when the write that is under way began, in Unix nanoseconds; 0: none is
 }
 
-// serve answers the calls of a stream until it ends. What is under way then is answered too.
+// serve answers the calls of a stream until it ends, also those that are under way then.
 func (s *Streams) serve(
 	ctx context.Context, b *connect.BidiStream[kmev1.StreamRequest, kmev1.StreamResponse],
 ) error {
@@ -118,7 +117,7 @@ func (s *Streams) serve(
 	over := make(chan struct{})
 	defer close(over)
 	if control, ok := ctx.Value(controlKey{}).(*http.ResponseController); ok {
-		control.SetReadDeadline(time.Time{}) // there is one for requests, which are shorter
+		control.SetReadDeadline(time.Time{}) // the server's is for requests
 		helpers.Go(func() { t.watch(control, over) })
 	}
 	written := make(chan error, 1)
@@ -131,12 +130,12 @@ func (s *Streams) serve(
 	t.calls.Wait()
 	close(t.answers)
 	if broken := <-written; err == nil || panics.Of(broken) != nil {
-		err = broken // without an error, each call that was begun is answered
+		err = broken // without an error, all calls that have begun are answered
 	}
 	return err
 }
 
-// recovered is f's error, or its panic.
+// recovered gives f's error, or its panic as an error.
 func recovered(f func() error) (err error) {
 	defer panics.Recover(&err)
 	return f()
@@ -163,10 +162,10 @@ func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
 	}
 }
 
-// read has calls made as they come.
+// read starts calls as they come.
 func (t *stream) read(ctx context.Context) error {
 	var handler *Handler
-	var known context.Context // of the client, as handler knows it
+	var known context.Context // with the client that handler knows
 	for {
 		m, err := t.Receive()
 		switch read := time.Now(); {
@@ -183,7 +182,7 @@ func (t *stream) read(ctx context.Context) error {
 				case <-ctx.Done():
 					return ctx.Err()
 				}
-				// Only now: a call may have waited for its place while the configuration became another.
+				// Only now, since the configuration may have changed while the call waited for its place.
 				if h := t.serving.Load(); h != handler {
 					handler, known = h, h.clients.know(ctx, *callerOf(ctx), binding.ActorOf(ctx))
 				}
@@ -198,10 +197,10 @@ func (t *stream) read(ctx context.Context) error {
 	}
 }
 
-// begin has a call made by a goroutine that waits for one, or else by a new one. They stay as long as the stream, and
-// there are never more than places. The stack of a goroutine grows with its first call, and is copied each time that it
-// doubles: with a goroutine for each call, a call costs the server half as much CPU again (BenchmarkCalls/stream/64:
-// 10.8 us instead of 7.0).
+// begin gives a call to an idle goroutine, or starts one. Goroutines stay as long as the stream; there are never more
+// than places. The stack of a goroutine grows with its first call, and is copied each time that it doubles: with a
+// goroutine for each call, a call costs the server half as much CPU again (BenchmarkCalls/stream/64: 10.8 us instead of
+// 7.0).
 func (t *stream) begin(call func()) {
 	select {
 	case t.work <- call:
@@ -215,14 +214,14 @@ func (t *stream) begin(call func()) {
 	}
 }
 
-// write sends answers: those that are ready go together.
+// write sends answers. Those that are ready go together.
 func (t *stream) write() (err error) {
 	var m kmev1.StreamResponse
 	for a := range t.answers {
 		m.Answers = append(m.Answers[:0], a)
-		// Calls that are about to end are in time for this message. Without this, and its like in the client, a call
-		// costs the server 1.4 times the CPU, and the client 1.8 times (BenchmarkCalls/stream/64: 10.0 us instead of
-		// 7.0, 9.9 instead of 5.5).
+		// Gosched lets calls that are about to end be in this message, too. Without this, and its like in the client, a
+		// call costs the server 1.4 times the CPU, and the client 1.8 times (BenchmarkCalls/stream/64: 10.0 us instead
+		// of 7.0, 9.9 instead of 5.5).
 		runtime.Gosched()
 		for len(t.answers) > 0 {
 			m.Answers = append(m.Answers, <-t.answers)
@@ -240,7 +239,7 @@ func (t *stream) write() (err error) {
 	return err
 }
 
-// answer makes a call of a stream, that was read at a time.
+// answer makes a call of a stream. read is when it was read.
 func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *kmev1.Answer {
 	a := &kmev1.Answer{Id: c.Id}
 	wait := time.Duration(c.TimeoutMs) * time.Millisecond
@@ -250,7 +249,7 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	ctx, cancel := context.WithDeadline(ctx, read.Add(wait))
 	defer cancel()
 	var err error
-	broken := recovered(func() error { // guard has what the call itself panics of
+	broken := recovered(func() error { // guard handles panics of the call itself
 		var answer connect.AnyResponse
 		if answer, err = h.call(ctx, requestOf(c)); err == nil {
 			setAnswer(a, answer.Any())
@@ -275,7 +274,7 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	return a
 }
 
-// A streamed is a call of a stream as a request of its own, which is what interceptors know.
+// A streamed is a call of a stream in the form of a request, for the interceptors.
 type streamed struct {
 	connect.AnyRequest
 	procedure string
@@ -306,7 +305,7 @@ func requestOf(c *kmev1.Call) connect.AnyRequest {
 	return asRequest(c, kmev1connect.KeyServiceStreamProcedure)
 }
 
-// direct makes a call of a stream by the method that makes it also by itself.
+// direct makes a call of a stream by the same method as a single request.
 func (s *server) direct(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
 	switch q := r.Any().(type) {
 	case *kmev1.PrepareVectorRequest:
