@@ -17,8 +17,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Parse gives the prefixes of the IMEIs that a text stands for: an IMEI; a TAC, or FIRST-LAST, two TACs; or
-// the first digits, with a * after them.
+// Parse gives the prefixes of IMEIs that a text stands for. It is an IMEI, a TAC, FIRST-LAST of two TACs, or the first
+// digits and a *.
 func Parse(text string) ([]string, error) {
 	digits := func(s string) bool { return s != "" && strings.Trim(s, "0123456789") == "" }
 	first, last, isRange := strings.Cut(text, "-")
@@ -46,7 +46,7 @@ func Parse(text string) ([]string, error) {
 	return []string{imei.String()}, nil
 }
 
-// prefixes gives the fewest that stand for all numbers from first to last, which have as many digits each.
+// prefixes gives the fewest prefixes of all numbers from first to last, which have the same length.
 func prefixes(first, last string) (all []string) {
 	if strings.Trim(first, "0") == "" && strings.Trim(last, "9") == "" {
 		return []string{""}
@@ -75,7 +75,7 @@ func ParseStatus(text string) (binding.EquipmentStatus, error) {
 	return "", fmt.Errorf("%q is no status: whitelisted, greylisted or blacklisted", text)
 }
 
-// New are the entries of one text of Parse; without a status, those that remove them.
+// New makes the entries of a text of Parse; without a status, those that remove them.
 func New(text string, status binding.EquipmentStatus, reason string, now time.Time) (all []binding.Listing, err error) {
 	found, err := Parse(text)
 	if err != nil {
@@ -93,8 +93,8 @@ func New(text string, status binding.EquipmentStatus, reason string, now time.Ti
 	return all, nil
 }
 
-// Read reads entries as CSV (RFC 4180), the header equipment,status,reason before them. Of the first line that
-// is not good the error has the number.
+// Read reads entries as CSV (RFC 4180) with the header equipment,status,reason. An error has the number of the first
+// wrong line.
 func Read(r io.Reader, now time.Time) (all []binding.Listing, err error) {
 	lines := csv.NewReader(r)
 	lines.FieldsPerRecord, lines.ReuseRecord = 3, true
@@ -126,8 +126,8 @@ func Read(r io.Reader, now time.Time) (all []binding.Listing, err error) {
 	}
 }
 
-// Enter enters entries, few at a time: a service's changes wait for no more. What was entered when it fails
-// stays, and entering all again goes on from there.
+// Enter enters entries, a few in each change, so that a service's changes wait only for these. If it fails, the entries
+// so far stay; entering all again continues from there.
 func Enter(ctx context.Context, store binding.Listings, all []binding.Listing) (changed int, err error) {
 	const together = 200
 	for some := range slices.Chunk(all, together) {
@@ -147,7 +147,7 @@ func Remove(ctx context.Context, store binding.Listings, text string, all []bind
 	return changed, err
 }
 
-// Standing gives the entries that stand, in the order of their prefixes.
+// Standing gives the entries that were not removed, in the order of their prefixes.
 func Standing(ctx context.Context, store binding.Listings) ([]binding.Listing, error) {
 	all, err := store.Listed(ctx, 0)
 	all = slices.DeleteFunc(all, func(l binding.Listing) bool { return l.Status == "" })

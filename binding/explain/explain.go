@@ -1,4 +1,4 @@
-// Package explain says in words how subscriptions and devices stand, and what is to be done.
+// Package explain says in words what the state of subscriptions and devices is, and what is to be done.
 package explain
 
 import (
@@ -14,7 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Subscription says how a subscription stands, why its last call was refused, and what is to be done.
+// A Subscription explains a subscription: its state, why its last call was refused, and what is to be done.
 type Subscription struct {
 	IMSI    kme.IMSI         `json:"imsi"`
 	State   string           `json:"state"` // the latest binding's; UNBOUND without one, DAMAGED if nobody knows
@@ -116,7 +116,7 @@ func last(history []binding.Entry, event binding.Event) (found *binding.Entry) {
 	return found
 }
 
-// by names who did what an entry says.
+// by names the actor of an entry.
 func by(e *binding.Entry) string {
 	if e == nil || e.Actor == (binding.Actor{}) {
 		return "the service"
@@ -127,7 +127,7 @@ func by(e *binding.Entry) string {
 	return e.Actor.Client
 }
 
-// refusal says why the last call was refused. What has been mended since is not to be done any more.
+// refusal says why the last call was refused, and what is to be done unless it was done since.
 func (e *Subscription) refusal(k binding.Known) {
 	r := k.Refused
 	if r == nil {
@@ -206,8 +206,8 @@ func at(origin string) string {
 	return " at origin " + origin
 }
 
-// OrDevice adds, to an IMSI of which nothing is known, that its number is the IMEI of a device of a lot, if it is one.
-// It may be an IMSI all the same.
+// OrDevice adds, if it is so, that an unknown IMSI's number is the IMEI of a device of a lot. It may be an IMSI all the
+// same.
 func (e *Subscription) OrDevice(lots []*registry.Lot) {
 	if imei, lot := DeviceOf(e.IMSI, lots); lot != "" {
 		e.say("It is the IMEI of a device of lot %s, too.", lot)
@@ -227,7 +227,7 @@ func DeviceOf(imsi kme.IMSI, lots []*registry.Lot) (imei kme.IMEI, lot string) {
 	return imei, lot
 }
 
-// ParseIMSI is [kme.ParseIMSI] for whoever may have an IMEI in hand instead: the error says what to do with that.
+// ParseIMSI is [kme.ParseIMSI]. If the text is an IMEI, the error says what to do with that.
 func ParseIMSI(text string) (kme.IMSI, error) {
 	imsi, err := kme.ParseIMSI(text)
 	if imei, e := kme.ParseIMEI(text); err != nil && e == nil {
@@ -256,14 +256,14 @@ func MayOpen(ctx context.Context, store interface {
 	return nil
 }
 
-// DeviceCommands are the commands that tell of a device what others tell of a subscription.
+// DeviceCommands says which commands show a device.
 func DeviceCommands(imei kme.IMEI) string {
 	return fmt.Sprintf("keysvc device %s shows it, and keysvc binding list --imei %[1]s the IMSIs that are bound to it",
 		imei)
 }
 
-// RevocationLoss says what is lost when an IMSI's bindings are revoked; nothing if it has none that stands. s and err
-// are what a store has of it. What is damaged can be revoked, too; any other err is given back.
+// RevocationLoss says what is lost when an IMSI's bindings are revoked; nothing if it has none. s and err are what
+// Store.Subscription gave. Damaged bindings can be revoked, too; it returns any other err.
 func RevocationLoss(imsi kme.IMSI, s *binding.Subscription, err error) (string, error) {
 	lost := "what it is bound to is damaged"
 	if err == nil {
@@ -280,7 +280,7 @@ func RevocationLoss(imsi kme.IMSI, s *binding.Subscription, err error) (string, 
 		imsi, lost), nil
 }
 
-// A Device says how a device stands, and what is to be done.
+// A Device explains a device: its state, and what is to be done.
 type Device struct {
 	Says, Next []string
 	Bindings   []*binding.Binding

@@ -34,14 +34,14 @@ type Enrolment struct {
 	JWS        []byte // signed by the manufacturer
 	PEM        []byte // the manufacturer's key, which did not come with the enrolment
 	Thumbprint string // of that key, as the manufacturer has read it out
-	Directory  string // where its public keys are; empty for that of before, or the service's default
+	Directory  string // where its public keys are; empty for the one of the enrolment before, or the service's default
 	TACs       []kme.TAC
 }
 
 // Enroll imports a manufacturer's enrolment: it pins the manufacturer's key, imports the operator's KEK into the token,
 // and destroys the transport key that the KEK came under. The KEK of an earlier enrolment with the same generation is
-// replaced; one of another generation is imported beside those that are there. Without TACs or a directory those of the
-// enrolment before stay. An enrolment that was imported before changes nothing but these.
+// replaced; one of another generation is imported beside those that are there. Without TACs or a directory, those of
+// the enrolment before stay. If the enrolment was imported before, only these change.
 func Enroll(ctx context.Context, token Token, store registry.Store, by Enrolment) (*registry.Manufacturer, error) {
 	verifier, err := directory.ParseVerifier(by.PEM)
 	if err != nil {
@@ -138,8 +138,8 @@ func Replaced(m *registry.Manufacturer, before []*registry.Manufacturer, newTACs
 	return says
 }
 
-// checkPins fails if a TAC that m is to have is another's, pinned to it or in a lot of its that is served, or if a lot
-// of m's has one that m is not to have.
+// checkPins fails if a TAC of m is pinned to another manufacturer, or is in a served lot of another one; and if a lot
+// of m has a TAC that m may not have.
 func checkPins(lots []*registry.Lot, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {
 	for _, t := range m.TACs {
 		if o := pinned(t, manufacturers, m); o != nil {
@@ -164,8 +164,8 @@ func checkPins(lots []*registry.Lot, manufacturers []*registry.Manufacturer, m *
 	return nil
 }
 
-// pinned is the manufacturer, another than m, that a TAC is pinned to, or nil. A distrusted one has none: its devices
-// may be another's, under a new signing key.
+// pinned is the manufacturer other than m that a TAC is pinned to, or nil. A distrusted one does not count: its devices
+// may get a new signing key, as another manufacturer's.
 func pinned(t kme.TAC, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) *registry.Manufacturer {
 	i := slices.IndexFunc(manufacturers, func(o *registry.Manufacturer) bool {
 		return o.KeyID != m.KeyID && !o.Verdict.Withdrawn && slices.Contains(o.TACs, t)
@@ -176,7 +176,7 @@ func pinned(t kme.TAC, manufacturers []*registry.Manufacturer, m *registry.Manuf
 	return manufacturers[i]
 }
 
-// checkTACs fails if a lot of m's has a TAC that m may not have.
+// checkTACs fails if a lot of m has a TAC that m may not have.
 func checkTACs(lot *directory.Manifest, manufacturers []*registry.Manufacturer, m *registry.Manufacturer) error {
 	for _, r := range lot.Ranges {
 		if o := pinned(r.TAC, manufacturers, m); o != nil {
@@ -192,8 +192,8 @@ func checkTACs(lot *directory.Manifest, manufacturers []*registry.Manufacturer, 
 	return nil
 }
 
-// enrolledBefore is Enroll where the transport key is gone: it went with an enrolment that was imported, or was never
-// here.
+// enrolledBefore is Enroll if the transport key is not there: an earlier import has destroyed it, or it was never in
+// this token.
 func enrolledBefore(ctx context.Context, token Token, store registry.Store, manufacturers []*registry.Manufacturer,
 	m *registry.Manufacturer, e *handover.Enrolment, kek hsmkeys.Key) error {
 	has, err := token.Has(ctx, kek)
@@ -210,10 +210,10 @@ func enrolledBefore(ctx context.Context, token Token, store registry.Store, manu
 	return store.PutManufacturer(ctx, m)
 }
 
-// ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is
-// the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. A lot that was retired
-// is refused, unless again is the verdict that it is served again: the lot's Retired is then that, or, where it was not
-// retired, what stands.
+// ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is the key of the
+// manifest's modulus, and enters the lot. The same grant again changes nothing. It refuses a retired lot, unless again
+// is a verdict that the lot is served again. Then the lot's Retired is that verdict, or the present one if the lot was
+// not retired.
 func ImportLot(
 	ctx context.Context, token Token, store registry.Store, jws []byte, again *registry.Verdict,
 ) (*registry.Lot, error) {
@@ -270,7 +270,8 @@ func importLot(ctx context.Context, token Token, store registry.Store, manufactu
 	}
 	lot := &registry.Lot{Manufacturer: m.KeyID, Manifest: manifest, ManifestJWS: g.Manifest, Imported: time.Now()}
 	check := func(all []*registry.Lot) error { return checkLot(lot, all, again != nil) }
-	// Before the key is in the token, so that a refusal leaves nothing there; again when it is entered.
+	// Checked before the key is imported, so that a refusal leaves nothing in the token; and again when the lot is
+	// entered.
 	all, err := store.Lots(ctx)
 	if err == nil {
 		err = check(all)
@@ -301,8 +302,8 @@ func importLot(ctx context.Context, token Token, store registry.Store, manufactu
 	return lot, nil
 }
 
-// checkLot refuses a lot that is not the one imported before under its name, that was retired, unless again, or whose
-// IMEIs are another lot's that is served, whoever made that.
+// checkLot refuses a lot that differs from the one imported before under its name, that was retired (unless again), or
+// that shares IMEIs with another served lot, of any manufacturer.
 func checkLot(lot *registry.Lot, all []*registry.Lot, again bool) error {
 	for _, other := range all {
 		if other.Manufacturer == lot.Manufacturer && other.Manifest.Lot == lot.Manifest.Lot {

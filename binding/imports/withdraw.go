@@ -11,7 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
-// NewVerdict is a decision of now.
+// NewVerdict makes a verdict of this moment.
 func NewVerdict(withdrawn bool, by, reason string) (v registry.Verdict, err error) {
 	if reason, err = strict.Reason(reason); err != nil {
 		return v, err
@@ -25,8 +25,8 @@ func distrustedError(manufacturer string, v registry.Verdict) error {
 		manufacturer, v)
 }
 
-// Distrust has none of a manufacturer's lots served any more, and its enrolments and grants refused. Bindings stand,
-// and the keys stay in the token. It gives the verdict that stands: an earlier one stays.
+// Distrust ends the service of all lots of a manufacturer, and refuses its enrolments and grants. Bindings stay, and
+// keys stay in the token. It gives the verdict that is valid now: an earlier one stays.
 func Distrust(
 	ctx context.Context, store registry.Store, manufacturer string, v registry.Verdict,
 ) (registry.Verdict, error) {
@@ -55,8 +55,7 @@ func DistrustLoss(ctx context.Context, store registry.Store, manufacturer string
 		"no device of theirs is bound any more.", manufacturer, manufacturers[at].Operator, served), err
 }
 
-// Trust ends what Distrust began. It fails if the IMEIs of a lot are by now those of another one, or a TAC that of
-// another manufacturer.
+// Trust undoes Distrust. It fails if IMEIs of a lot now belong to another lot, or a TAC to another manufacturer.
 func Trust(
 	ctx context.Context, store registry.Store, manufacturer string, v registry.Verdict,
 ) (registry.Verdict, error) {
@@ -84,8 +83,8 @@ func Trust(
 	})
 }
 
-// RetireLot has a lot served no more, and destroys its key in the token. Bindings stand. It gives the verdict that
-// stands: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
+// RetireLot ends the service of a lot, and destroys its key in the token. Bindings stay. It gives the verdict that is
+// valid now: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
 // the same name.
 func RetireLot(
 	ctx context.Context, token Token, store registry.Store, lot *registry.Lot, v registry.Verdict,
@@ -118,7 +117,7 @@ func RetirementLoss(ctx context.Context, store registry.Store, lot *registry.Lot
 		bound), err
 }
 
-// FindLot gives the lot of a name; manufacturer may be empty where the name is one lot's only.
+// FindLot gives the lot of a name. manufacturer may be empty if only one lot has that name.
 func FindLot(ctx context.Context, store registry.Store, name, manufacturer string) (*registry.Lot, error) {
 	lots, err := store.Lots(ctx)
 	if err != nil {

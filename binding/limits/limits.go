@@ -1,5 +1,4 @@
-// Package limits keeps a service fast when more comes than it can do, and its log readable when many come who are not
-// let in.
+// Package limits keeps a service fast under overload, and its log readable if many unknown callers come.
 package limits
 
 import (
@@ -12,18 +11,17 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Limits keep the service fast when more comes than it can do. The zero value of each is no limit.
+// Limits keep the service fast under overload. Zero values are no limits.
 type Limits struct {
 	Calls     int     // at the HSM or waiting for it; more are refused at once, but see Gate.Take
-	IMEIRate  float64 // payloads a second of one IMSI, whatever they are; and accepted ones of one IMEI
+	IMEIRate  float64 // payloads a second of one IMSI, good or bad; and accepted ones of one IMEI
 	IMEIBurst int     // so many at once
 }
 
-// maxRates bounds the memory for the rates, of IMSIs and of IMEIs: the one that was not used for longest is forgotten
-// first.
+// maxRates bounds the memory for the rates of IMSIs and of IMEIs. The least recently used is forgotten first.
 const maxRates = 100_000
 
-// A Gate holds calls to Limits. It may be used concurrently.
+// A Gate enforces Limits. It may be used concurrently.
 type Gate struct {
 	Limits
 	mu    sync.Mutex
@@ -33,14 +31,14 @@ type Gate struct {
 	imeis *rates[kme.IMEI]
 }
 
-// NewGate makes a Gate with nobody in it.
+// NewGate makes a Gate without calls.
 func NewGate(l Limits) *Gate {
 	return &Gate{Limits: l, calls: map[string]int{}, imsis: newRates[kme.IMSI](l), imeis: newRates[kme.IMEI](l)}
 }
 
-// Take gives a client's call a place, which Leave gives back. A client that is alone may have all of them. Of several
-// that have calls under way, each may have its share, at least one, also while others have the rest: then there are
-// more than Calls, until those finish. With n clients these are Calls*(1 + 1/2 + ... + 1/n) at most, and n more.
+// Take gives a client's call a place, which Leave gives back. A single client may have all places. If several clients
+// have calls, each may have its share, at least one, even while others hold more than theirs: then there are more than
+// Calls, until those finish. With n clients these are Calls*(1 + 1/2 + ... + 1/n) at most, and n more.
 func (l *Gate) Take(client string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -68,14 +66,15 @@ func (l *Gate) Leave(client string) {
 	}
 }
 
-// Allow says whether the HSM may have another payload of an IMSI's for an IMEI, and charges the IMSI for it. The IMEI
-// is charged by Established alone: anybody who has an attempt can name one and send garbage, or a (KME, KME_SIG) that
-// was used.
+// Allow says whether another payload of an IMSI for an IMEI may go to the HSM, and counts it for the IMSI. Only
+// Established counts it for the IMEI: anybody with an attempt can name an IMEI, and send garbage or a used (KME,
+// KME_SIG).
 func (l *Gate) Allow(imsi kme.IMSI, imei kme.IMEI) bool {
 	return l.IMEIRate <= 0 || l.imeis.of(imei).Tokens() >= 1 && l.imsis.of(imsi).Allow()
 }
 
-// Established charges an IMEI. Calls that passed Allow at the same time may take it below zero, which time makes good.
+// Established counts an accepted payload for an IMEI. Calls that passed Allow at the same time may take its rate below
+// zero for some time.
 func (l *Gate) Established(imei kme.IMEI) {
 	if l.IMEIRate > 0 {
 		l.imeis.of(imei).Reserve()

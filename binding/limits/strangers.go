@@ -7,15 +7,15 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// strangersEvery is how often a line about callers who were not let in may come, after strangersBurst at
-// once, for each why. While more come all the time, that line is how many were left out.
+// strangersEvery is how often a line about unknown callers is logged for each why, after strangersBurst lines at once.
+// If there are more callers, the line says how many were left out.
 const (
 	strangersEvery = 5 * time.Second
 	strangersBurst = 20
 )
 
-// Strangers keep the log from being filled by whoever can reach the service. Each why has a limit of its own: refusals
-// of callers without a certificate do not hide those of callers with one.
+// Strangers prevents that unknown callers fill the log. Each why has a limit of its own: refusals of callers without a
+// certificate do not hide those of callers with one.
 type Strangers struct {
 	mu  sync.Mutex
 	all map[string]*someStrangers // guarded by mu: by why
@@ -26,10 +26,10 @@ type someStrangers struct {
 	left  int // guarded by Strangers' mu: lines that were left out, and are to be told of
 }
 
-// NewStrangers makes Strangers of whom none has come.
+// NewStrangers makes Strangers without callers.
 func NewStrangers() *Strangers { return &Strangers{all: map[string]*someStrangers{}} }
 
-// Tell says whether there may be a line. Otherwise it calls later, once, with the number of those that were left out.
+// Tell says whether to log a line. If not, it will call later once, with the number of lines that were left out.
 func (s *Strangers) Tell(why string, later func(left int)) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -22,8 +22,8 @@ import (
 )
 
 // An audit log is a folder outside of the database: a file for each day, in which each line is an entry of the ledger
-// as JSON, or a Mark: everything up to there is in the folder, from the first Mark on. A line that was cut short
-// counts as none. Nothing in it has to be believed: an entry has its MAC, also over the entry before it.
+// as JSON, or a Mark: everything up to there is in the folder, from the first Mark on. An incomplete line does not
+// count. The folder need not be trusted: each entry has a MAC, which also covers the entry before it.
 const (
 	auditSuffix = ".jsonl"
 	auditDay    = "2006-01-02"
@@ -36,8 +36,8 @@ const (
 	copyMost  = 1000
 )
 
-// KeepAuditLog is for a service: until the context ends it copies what is added to the ledger, by whomever, to an audit
-// log. A new one begins with what is decided from now on. What it finds is logged, and failing says whether it fails.
+// KeepAuditLog is for a service: until the context ends it copies new entries of the ledger, of all processes, to an
+// audit log. A new audit log begins with the next entry. Errors are logged, and failing is told whether there is one.
 func KeepAuditLog(ctx context.Context, store binding.Ledger, dir string, failing *atomic.Bool, log *slog.Logger) {
 	a, say := &auditLog{store: store, dir: dir}, sayer(ctx, log)
 	tick := time.NewTicker(copyEvery)
@@ -87,7 +87,7 @@ func (a *auditLog) copy(ctx context.Context) error {
 	}
 }
 
-// next gives the entries to be written.
+// next gives the next entries to be written.
 func (a *auditLog) next(ctx context.Context) ([]binding.Line, error) {
 	if a.upTo == nil {
 		upTo, err := a.begin(ctx)
@@ -99,7 +99,7 @@ func (a *auditLog) next(ctx context.Context) ([]binding.Line, error) {
 	return a.store.Lines(ctx, a.upTo, copyMost)
 }
 
-// begin reads up to where the folder goes. Of one that has nothing, that is where the ledger is now.
+// begin finds out which entries the folder has. An empty folder begins at the present end of the ledger.
 func (a *auditLog) begin(ctx context.Context) (*binding.Mark, error) {
 	if err := durable.Mkdir(a.dir, 0o700); err != nil {
 		return nil, err
@@ -130,7 +130,7 @@ func (a *auditLog) begin(ctx context.Context) (*binding.Mark, error) {
 	return now, a.add(nil, now)
 }
 
-// add writes lines and how far they go, durably.
+// add writes lines and their mark, durably.
 func (a *auditLog) add(lines []byte, upTo *binding.Mark) error {
 	mark, err := json.Marshal(upTo)
 	if err != nil {
@@ -162,7 +162,7 @@ func auditLogFiles(dir string) ([]string, error) {
 // longestLine is longer than an entry or a mark can be.
 const longestLine = 1 << 20
 
-// eachLine reads whole lines. One that is longer than longestLine is none.
+// eachLine reads complete lines. It skips lines that are longer than longestLine.
 func eachLine(path string, f func(line []byte) error) error {
 	file, err := os.Open(path)
 	if err != nil {
@@ -189,10 +189,10 @@ func eachLine(path string, f func(line []byte) error) error {
 	}
 }
 
-// ErrNoAuditLog: a folder that was named as one is not there.
+// ErrNoAuditLog: the folder of an audit log does not exist.
 var ErrNoAuditLog = errors.New("there is no audit log")
 
-// readAuditLogs gives the entries of audit logs that are behind the heads of a ledger, by chain and number.
+// readAuditLogs gives the entries of audit logs that come after the heads of a ledger, by chain and number.
 func readAuditLogs(dirs []string, heads *binding.Mark) (func(chain int, seq int64) []binding.Line, error) {
 	type place struct {
 		chain int

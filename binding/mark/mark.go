@@ -16,20 +16,20 @@ import (
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
-// A Token is an HSM that keeps the ledger's high-water mark, where whoever has the database does not reach it.
+// A Token is an HSM that keeps the ledger's high-water mark, out of reach of whoever controls the database.
 type Token interface {
 	Marks(ctx context.Context) ([][]byte, error)
-	// SetMark sets a mark in the place of others, and leaves those that are not among them.
+	// SetMark sets a mark and removes others. Marks that are not among others stay.
 	SetMark(ctx context.Context, mark []byte, others [][]byte) error
 }
 
-// Read gives the mark that a token keeps, the furthest if processes have left several; nil if there is none.
+// Read gives the token's mark; the highest if processes have left several; nil if there is none.
 func Read(ctx context.Context, token Token) (*binding.Mark, error) {
 	mark, _, err := readMarks(ctx, token)
 	return mark, err
 }
 
-// readMarks is Read, and gives all that the token keeps.
+// readMarks is Read, and gives all marks in the token, too.
 func readMarks(ctx context.Context, token Token) (mark *binding.Mark, all [][]byte, err error) {
 	if all, err = token.Marks(ctx); err != nil {
 		return nil, nil, err
@@ -44,7 +44,7 @@ func readMarks(ctx context.Context, token Token) (mark *binding.Mark, all [][]by
 	return mark, all, nil
 }
 
-// merge is the mark of a higher Epoch, or how far either has come in the same.
+// merge gives the mark with the higher Epoch. If both are the same, it has the higher head of each chain.
 func merge(a, b *binding.Mark) *binding.Mark {
 	switch {
 	case a == nil || b != nil && b.Epoch > a.Epoch:
@@ -99,8 +99,8 @@ func Ensure(ctx context.Context, token Token) (created bool, err error) {
 	return true, RaiseTo(ctx, token, new(binding.Mark))
 }
 
-// Raise raises the token's mark to how far this process has seen the ledger come. It makes none of having seen
-// nothing: a token that has no mark does not go with a ledger that has entries.
+// Raise raises the token's mark to what this process has seen of the ledger. If it has seen nothing, it sets no mark: a
+// ledger with entries needs a token with a mark.
 func Raise(ctx context.Context, store binding.Ledger, token Token) error {
 	seen := store.Seen()
 	if !ahead(seen, new(binding.Mark)) {
@@ -109,8 +109,8 @@ func Raise(ctx context.Context, store binding.Ledger, token Token) error {
 	return RaiseTo(ctx, token, seen)
 }
 
-// RaiseTo raises the token's mark to another one, if that is higher. It replaces the marks that it has read alone:
-// another process may set a higher one meanwhile.
+// RaiseTo raises the token's mark to another one, if that is higher. It removes only marks that it has read: another
+// process may have set a higher one meanwhile.
 func RaiseTo(ctx context.Context, token Token, to *binding.Mark) error {
 	mark, all, err := readMarks(ctx, token)
 	if err != nil {
@@ -130,16 +130,16 @@ func set(ctx context.Context, token Token, m *binding.Mark, others [][]byte) err
 	return token.SetMark(ctx, text, others)
 }
 
-// AcceptOptions are what an administrator says of a ledger that is behind its mark.
+// AcceptOptions are an administrator's decisions about a ledger that is behind its mark.
 type AcceptOptions struct {
 	Reason        string
 	AuditLogs     []string                     // folders: see KeepAuditLog
 	RevokeUnknown bool                         // see binding.Acceptance
-	Agreed        func(*binding.Missing) error // is asked where there is something to accept, and nowhere else
+	Agreed        func(*binding.Missing) error // is asked only if there is something to accept
 }
 
-// Accept has the ledger accepted with what audit logs have of what is missing, and with a reason that it notes. Nobody
-// may be changing the store meanwhile that does not know of its rollback.
+// Accept accepts the ledger. It adds missing entries from audit logs, and notes the reason. Meanwhile, only processes
+// that know of the rollback may use the store.
 func Accept(
 	ctx context.Context, store binding.Ledger, token Token, o AcceptOptions,
 ) (*binding.Missing, *binding.Accepted, error) {
@@ -168,7 +168,7 @@ func Accept(
 		return nil, nil, err
 	}
 	missing, err := store.Missing(ctx, mark, copied)
-	// A token that was in a safe has an earlier mark: the audit log alone is ahead of the ledger then.
+	// The mark of a token that was in a safe is old: then only the audit log shows that the ledger is behind.
 	if err == nil && behind == nil && damaged == nil && len(missing.Lines) == 0 {
 		err = errors.New("the ledger is whole, and neither behind its mark nor behind an audit log: there is nothing " +
 			"to accept")
@@ -187,16 +187,16 @@ func Accept(
 	return missing, accepted, err
 }
 
-// How often a service looks whether the ledger is what it was, sets the mark at most, and reads the whole ledger.
+// How often a service compares the ledger with its mark, sets the mark at most, and reads the whole ledger.
 const (
 	lookEvery = time.Second
 	markEvery = time.Second
 	readEvery = 10 * time.Minute
 )
 
-// Keep is for a service: until the context ends it raises the mark soon after the ledger has moved, looks at the heads
-// of its chains every second, and at all of its entries again and again. What it finds is logged; the Store refuses
-// by itself while the ledger is rolled back, and until that is accepted: then accepted is called.
+// Keep is for a service: until the context ends it raises the mark soon after the ledger has grown, compares the heads
+// of its chains every second, and reads all of its entries again and again. Errors are logged. While the ledger is
+// rolled back, the Store itself refuses; accepted is called when that is over.
 func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(), log *slog.Logger) {
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
@@ -205,8 +205,8 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 	var reading sync.WaitGroup
 	defer reading.Wait()
 	reading.Go(func() { keepReading(ctx, store, read, log) })
-	// A ledger that is behind the token's mark stays so until it has been compared with that again: this process may
-	// have seen nothing later itself.
+	// behind stays true until the ledger was compared with the token's mark again: this process may have seen no later
+	// entry itself.
 	behind := Check(ctx, store, token) != nil
 	moved, failed := store.Moved(), false
 	var rested <-chan time.Time
@@ -218,7 +218,7 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 	for {
 		select {
 		case <-ctx.Done():
-			// What came last is not to wait for the next start.
+			// The last entries must not wait for the next start.
 			last, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
 			defer cancel()
 			if err := Raise(last, store, token); err != nil {
@@ -231,7 +231,7 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 				_, err = store.Check(ctx, new(binding.Mark)) // with what this process has seen
 				behind = errors.Is(err, binding.ErrRolledBack)
 			}
-			if behind { // which may have been accepted, or the last database is back
+			if behind { // by now it may be accepted, or the right database is back
 				say("raising the high-water mark", Raise(ctx, store, token))
 				if err = Check(ctx, store, token); err == nil {
 					behind = false
@@ -253,8 +253,8 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 	}
 }
 
-// keepReading reads the ledger at once, whenever it is told to, and ten minutes after each reading: many entries take
-// long, and nothing else waits for that.
+// keepReading reads the ledger at once, whenever it is told to, and ten minutes after each reading. That takes long if
+// there are many entries, and nothing waits for it.
 func keepReading(ctx context.Context, store binding.Ledger, read <-chan struct{}, log *slog.Logger) {
 	say := sayer(ctx, log)
 	for {
@@ -273,7 +273,7 @@ func keepReading(ctx context.Context, store binding.Ledger, read <-chan struct{}
 	}
 }
 
-// sayer logs how a thing that is done again and again has ended, when that is another end than the last one.
+// sayer logs the result of a repeated operation whenever it differs from the last one.
 func sayer(ctx context.Context, log *slog.Logger) func(what string, err error) {
 	said := map[string]string{}
 	return func(what string, err error) {

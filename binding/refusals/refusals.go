@@ -1,4 +1,4 @@
-// Package refusals remembers which call about a subscription was refused last, and why, for those who explain it.
+// Package refusals remembers the last refused call of each subscription, and why it was refused, for explanations.
 package refusals
 
 import (
@@ -10,8 +10,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Past is the last call about a subscription that was refused. The cause is for administrators: no caller
-// learns it.
+// A Past is the last call about a subscription that was refused. The cause is for administrators only.
 type Past struct {
 	IMSI    kme.IMSI   `json:"imsi"`
 	Time    time.Time  `json:"time"`
@@ -24,7 +23,8 @@ type Past struct {
 	Client  string     `json:"client,omitempty"`
 }
 
-// A Memory has the last refusal of each subscription, of those that were refused last. Nothing is decided by it.
+// A Memory has the last refusal of each subscription, for those that were refused most recently. No decision depends on
+// it.
 type Memory struct {
 	mu          sync.Mutex
 	last, older map[kme.IMSI]Past // guarded by mu
@@ -34,7 +34,7 @@ type Memory struct {
 // maxRefusals bounds the memory: last and older have so many each.
 const maxRefusals = 5000
 
-// Put takes the place of what was remembered of the subscription.
+// Put replaces what is remembered of the subscription.
 func (r *Memory) Put(p Past) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -9,7 +9,7 @@ import (
 // A Doubt is why a key that a binding rests on is not to be trusted any more.
 type Doubt struct {
 	Why    Why       `json:"why"`
-	Reason string    `json:"reason"` // whose decision it was has given it
+	Reason string    `json:"reason"` // as given by whoever decided it
 	Time   time.Time `json:"time"`
 }
 
@@ -24,8 +24,8 @@ const (
 	DeviceReissued         Why = "DEVICE_REISSUED" // the device's key that signed the KME was replaced later
 )
 
-// ReadManifests reads the manifest of each lot whose manufacturer is trusted: a directory that is gone would have
-// nothing revoked.
+// ReadManifests reads the manifest of each lot whose manufacturer is trusted. So a missing directory is an error, and
+// does not look like one without revocations.
 func (l *Lots) ReadManifests(ctx context.Context) error {
 	for name, lot := range l.imported {
 		if err := lot.readManifest(ctx, name); err != nil {
@@ -45,7 +45,7 @@ func (l *ImportedLot) readManifest(ctx context.Context, name lotName) error {
 	return nil
 }
 
-// Doubts gives those about what a binding rests on. It needs the directory of its manufacturer, if that is trusted.
+// Doubts gives the doubts about a binding's key. It needs the directory of the manufacturer, if that is trusted.
 func (l *Lots) Doubts(ctx context.Context, b Basis) ([]Doubt, error) {
 	name := lotName{manufacturer: b.Manufacturer, lot: b.Lot}
 	if lot := l.imported[name]; lot != nil {
@@ -61,7 +61,7 @@ func unknownRevocations(n lotName, err error) error {
 		n.manufacturer, err)
 }
 
-// DoubtsOf gives Doubts to a caller who has called ReadManifests before, and asks about many bindings.
+// DoubtsOf is Doubts for many bindings. Call ReadManifests before.
 func (l *Lots) DoubtsOf(ctx context.Context, b Basis) (doubts []Doubt, err error) {
 	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
 	if lot == nil {

@@ -16,7 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Lots finds the lot of an IMEI: by the manifests' ranges, never by what a caller says. It does not change.
+// Lots finds the lot of an IMEI: by the manifests' ranges, never by what a caller says. It is immutable.
 type Lots struct {
 	ranges     []lotRange // by first IMEI; they do not overlap
 	imported   map[lotName]*ImportedLot
@@ -178,8 +178,7 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 	return failed
 }
 
-// byReader gives the lots whose directory is asked: those that are served, and those that were retired, whose devices
-// may still be bound.
+// byReader gives the lots whose lists are read: served ones, and retired ones, whose devices may still be bound.
 func (l *Lots) byReader() map[*directory.Reader][]*directory.Manifest {
 	all := map[*directory.Reader][]*directory.Manifest{}
 	for _, lot := range l.imported {
@@ -190,7 +189,7 @@ func (l *Lots) byReader() map[*directory.Reader][]*directory.Manifest {
 	return all
 }
 
-// Follow has the lists of revoked devices of these lots read in the background, in the place of those of before.
+// Follow reads the lists of revoked devices of these lots in the background, instead of those of before.
 func (l *Lots) Follow(before *Lots) {
 	now := l.byReader()
 	for reader := range before.byReader() {
@@ -215,8 +214,7 @@ func (l *Lots) Overdue() map[string][]directory.Overdue {
 	return all
 }
 
-// Lists gives how the lists of revoked devices stand, by manufacturer and in the order of lots: of those lots whose
-// directory is asked.
+// Lists gives the states of the lists of revoked devices that are read, by manufacturer, in the order of lots.
 func (l *Lots) Lists() map[string][]directory.ListState {
 	all := map[string][]directory.ListState{}
 	for reader, lots := range l.byReader() {
@@ -230,11 +228,10 @@ func (l *Lots) Lists() map[string][]directory.ListState {
 	return all
 }
 
-// Revoked says whether the directory has a binding's device as revoked, by the list that is there: such a binding is
-// not served on. Nobody waits for a directory here. It is an error if the list is too old, and the reader has a MaxAge;
-// and if the lot that the binding is of was not imported when this process last read the registry. Both the lot that
-// has the device now and the one that the binding is of count, also if that was retired, but not those of a distrusted
-// manufacturer.
+// Revoked says whether a binding's device is revoked, by the lists in memory, without waiting. Such a binding is not
+// served any more. It looks at the lot that has the device now and at the binding's lot, even if that is retired, but
+// not at lots of a distrusted manufacturer. It fails if a list is older than the reader's MaxAge, or if this process
+// does not know the binding's lot yet.
 func (l *Lots) Revoked(b Basis) (bool, error) {
 	now := l.Find(b.IMEI)
 	if now != nil {
@@ -259,7 +256,7 @@ func (l *Lots) Trusts(b Basis) bool {
 	return lot != nil && lot.TrustedLot != nil
 }
 
-// Reissued says whether the device of a binding that is trusted was issued another key since.
+// Reissued says whether the device of a trusted binding was issued another key since.
 func (l *Lots) Reissued(ctx context.Context, b Basis) (bool, error) {
 	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
 	history, _, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
@@ -269,7 +266,7 @@ func (l *Lots) Reissued(ctx context.Context, b Basis) (bool, error) {
 	return directory.Device{History: history}.Issued() > b.DeviceKey, nil
 }
 
-// Device is what the directory says of a device, and the manifest of its lot.
+// Device gives the manifest of a device's lot, and what the directory says about the device.
 func (l *Lots) Device(ctx context.Context, imei kme.IMEI) (*directory.Manifest, directory.Device, error) {
 	lot := l.Find(imei)
 	if lot == nil {

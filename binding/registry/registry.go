@@ -18,9 +18,9 @@ import (
 type Manufacturer struct {
 	KeyID     string    // RFC 7638 thumbprint of its signing key, which names it everywhere
 	PEM       string    // the signing key itself, pinned
-	Operator  string    // the name that it knows this operator by
-	Directory string    // where its public keys are, as --directory has it; empty for the service's default
-	TACs      []kme.TAC // that its lots may have; none for any that is no other's
+	Operator  string    // this operator's name there
+	Directory string    // where its public keys are, in the form of --directory; empty for the service's default
+	TACs      []kme.TAC // that its lots may have; none: any that is not pinned to another
 	Enrolled  time.Time
 	Verdict   Verdict // withdrawn: none of its lots is served any more
 }
@@ -43,7 +43,7 @@ type Lot struct {
 	Distrusted   Verdict // its manufacturer's
 }
 
-// Key is the lot's in the operator's token.
+// Key names the lot's key in the operator's token.
 func (l *Lot) Key() hsmkeys.Key {
 	return hsmkeys.Key{Role: hsmkeys.RoleLot, Manufacturer: l.Manufacturer, Name: l.Manifest.Lot}
 }
@@ -76,7 +76,7 @@ func LotOf(lots []*Lot, imei kme.IMEI) (of *Lot) {
 	return of
 }
 
-// A Verdict is the last decision about a manufacturer or a lot; its zero value, that there was none.
+// A Verdict is the last decision about a manufacturer or a lot. The zero value means that there was none.
 type Verdict struct {
 	Withdrawn bool      `json:"withdrawn"` // it is served no more
 	By        string    `json:"by"`
@@ -88,7 +88,7 @@ func (v Verdict) String() string {
 	return fmt.Sprintf("by %s at %s: %s", v.By, v.Time.Format(time.RFC3339), v.Reason)
 }
 
-// ErrNotImported is a Store's.
+// ErrNotImported: the Store does not have it.
 var ErrNotImported = errors.New("no such manufacturer is enrolled, or no such lot imported: see keysvc manufacturer " +
 	"list and lot list")
 
@@ -101,18 +101,18 @@ type Store interface {
 	// same transaction, and its error prevents it.
 	PutLot(ctx context.Context, lot *Lot, check func([]*Lot) error) error
 	Lots(ctx context.Context) ([]*Lot, error)
-	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty, and gives the one that stands
-	// then: one that says the same and is there already stays. check is as in PutLot. Fails with ErrNotImported.
+	// Decide enters a verdict about a lot, or about the manufacturer if lot is empty. If the present verdict says the
+	// same, that stays. It gives the one that is valid then. check is as in PutLot. Fails with ErrNotImported.
 	Decide(ctx context.Context, manufacturer, lot string, v Verdict, check func([]*Lot) error) (Verdict, error)
-	// Bound is how many bindings stand with a manufacturer's devices; of one lot, unless lot is empty.
+	// Bound counts the pending and active bindings of a manufacturer's devices; of one lot, unless lot is empty.
 	Bound(ctx context.Context, manufacturer, lot string, now time.Time) (int, error)
 }
 
 // A Basis is the device's key that a binding rests on.
 type Basis struct {
-	IMSI         kme.IMSI // of the binding, which errors name
+	IMSI         kme.IMSI // of the binding, for errors
 	IMEI         kme.IMEI
 	Manufacturer string
 	Lot          string
-	DeviceKey    int // how many keys the device had been issued in the place of its first
+	DeviceKey    int // which key of the device: 0 for its first, 1 for the next one that it was issued
 }

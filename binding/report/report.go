@@ -86,8 +86,8 @@ type Suspect struct {
 	Doubts []registry.Doubt
 }
 
-// Suspects gives all bindings, active and pending, that rest on a key which is not to be trusted any more. It needs the
-// directories of the manufacturers that are trusted, and fails without.
+// Suspects gives all bindings, active and pending, that rest on a key which is not to be trusted any more. It fails
+// without the directories of the trusted manufacturers.
 func Suspects(ctx context.Context, lots *registry.Lots, store binding.Store, now time.Time) iter.Seq2[Suspect, error] {
 	return func(yield func(Suspect, error) bool) {
 		if err := lots.ReadManifests(ctx); err != nil {
@@ -116,7 +116,7 @@ func Suspects(ctx context.Context, lots *registry.Lots, store binding.Store, now
 	}
 }
 
-// standing is what stands of an IMSI whose latest binding is b: beside a pending one there may be an active one.
+// standing gives the pending and active bindings of an IMSI whose latest binding is b.
 func standing(ctx context.Context, store binding.Store, b *binding.Binding, now time.Time) ([]*binding.Binding, error) {
 	switch b.State {
 	case binding.Active:

@@ -1,5 +1,5 @@
-// Package revocations remembers which lists of revoked devices were believed, so that none goes back, also not across
-// restarts.
+// Package revocations remembers the last good lists of revoked devices, so that none is replaced by an earlier one,
+// even after a restart.
 package revocations
 
 import (
@@ -21,9 +21,8 @@ type Ledger interface {
 	LastNote(ctx context.Context, event binding.Event, subject string) (detail string, found bool, err error)
 }
 
-// Memory keeps in the ledger which lists of a manufacturer's revoked devices were believed last, and copies
-// of them in a folder, which is trusted no further than their digests in the ledger. An entry is the service's own,
-// whoever's call has the list read.
+// Memory keeps marks of a manufacturer's last good lists in the ledger, and copies of the lists in a folder, which it
+// verifies by their digests in the ledger. The actor of its entries is the service itself.
 func Memory(ledger Ledger, manufacturer, dir string) directory.Memory {
 	return memory{Ledger: ledger, manufacturer: manufacturer, dir: filepath.Join(dir, manufacturer)}
 }

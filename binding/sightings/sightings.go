@@ -1,6 +1,6 @@
-// Package sightings notes with which devices subscriptions are seen, and tells of those that are seen with another one
-// than before. A call that has seen one waits for nothing: a History writes in the background, and loses what a store
-// that fails cannot take, which it counts. What is lost so is noted the next time that it is seen.
+// Package sightings notes with which devices subscriptions are seen, and reports subscriptions that change their
+// device. Calls do not wait: a History writes in the background. If the store fails, sightings are dropped and counted;
+// they are noted the next time that they are seen.
 package sightings
 
 import (
@@ -28,7 +28,7 @@ type Sighting struct {
 	IMEI     kme.IMEI  `json:"imei"`
 	Evidence Evidence  `json:"evidence"`
 	First    time.Time `json:"first"`
-	Last     time.Time `json:"last"` // to within the resolution of History
+	Last     time.Time `json:"last"` // by the resolution of History
 }
 
 // A Move is a subscription that was seen with another device than before.
@@ -37,7 +37,7 @@ type Move struct {
 	Before Sighting `json:"before"` // the last one with another device
 }
 
-// MaxDevices bounds the sightings that are kept of an IMSI: of more, those that are the longest ago are forgotten.
+// MaxDevices bounds the sightings of an IMSI. The oldest are forgotten.
 const MaxDevices = 32
 
 // A Store keeps with which devices subscriptions were seen.
@@ -63,19 +63,19 @@ type Options struct {
 }
 
 const (
-	// resolution is how often a subscription that stays in its device is written down.
+	// resolution is how often a subscription that stays in its device is written again.
 	resolution = time.Hour
-	// maxRecent bounds the memory for what was written down lately. What it has not is written again.
+	// maxRecent bounds the memory for sightings that were written lately. Others are written again.
 	maxRecent = 200_000
 	// maxUnseen bounds the sightings that wait to be written. More are dropped, and counted.
 	maxUnseen = 10_000
-	// maxSeen of them are written in one change: others' changes wait for it.
+	// maxSeen sightings are written in one change, for which other changes wait.
 	maxSeen = 64
 	// gathering is for how long sightings are gathered, so that they are written together.
 	gathering = 100 * time.Millisecond
 )
 
-// A History notes with which devices subscriptions are seen, beside the calls: none waits for it.
+// A History notes with which devices subscriptions are seen. No call waits for it.
 type History struct {
 	o       Options
 	recent  *otter.Cache[kme.IMSI, lately]
@@ -84,7 +84,7 @@ type History struct {
 	dropped prometheus.Counter
 }
 
-// A lately is the device that a subscription was seen with last, and when that was written down last.
+// A lately is the device that a subscription was last seen with, and when that was last written.
 type lately struct {
 	imei            kme.IMEI
 	asserted, shown time.Time
@@ -136,7 +136,7 @@ func (h *History) Saw(imsi kme.IMSI, imei kme.IMEI, e Evidence) {
 	}
 }
 
-// Run writes until ctx ends, and then what waits still. Once an hour it forgets.
+// Run writes until ctx ends, and then the rest. Once an hour it forgets old sightings.
 func (h *History) Run(ctx context.Context) {
 	hourly := time.NewTicker(time.Hour)
 	defer hourly.Stop()
@@ -162,7 +162,7 @@ func (h *History) Run(ctx context.Context) {
 	}
 }
 
-// write writes a sighting, and those that wait too.
+// write writes a sighting, and all that wait.
 func (h *History) write(ctx context.Context, first Sighting) {
 	all := []Sighting{first}
 	for len(h.queue) > 0 && len(all) < maxSeen {
@@ -173,7 +173,7 @@ func (h *History) write(ctx context.Context, first Sighting) {
 	moves, err := h.o.Store.See(short, all)
 	if err != nil {
 		h.dropped.Add(float64(len(all)))
-		for _, s := range all { // they are to be written the next time
+		for _, s := range all { // they will be written the next time
 			h.recent.Invalidate(s.IMSI)
 		}
 		h.o.Log.Error("sightings of subscriptions with devices were not written", "sightings", len(all),

@@ -27,10 +27,9 @@ type Resealed struct {
 	Again []byte
 }
 
-// A SealedStore gives the KMEs of bindings to be sealed again. Which ones are to be is told by their bytes: see
-// hsmkeys.SealedFrom.
+// A SealedStore gives the KMEs of bindings that must be sealed again. Their bytes say which: see hsmkeys.SealedFrom.
 type SealedStore interface {
-	// CountSealed is how many KMEs are below these bytes.
+	// CountSealed counts the KMEs below these bytes.
 	CountSealed(ctx context.Context, below []byte) (int, error)
 	// Sealed gives KMEs below these bytes, in the order of IMSIs and states, behind after, limit at most.
 	Sealed(ctx context.Context, after Sealed, below []byte, limit int) ([]Sealed, error)
@@ -48,7 +47,7 @@ type Resealer interface {
 	Health() hsmkeys.Health
 }
 
-// settled is how long after a storage key was made nobody seals with an earlier one any more.
+// settled is after how long nobody seals with an earlier storage key any more.
 const settled = 2 * hsmkeys.LookAgain
 
 // ErrStillSealing: somebody goes on sealing KMEs under an earlier storage key, after everybody could know the newest
@@ -56,8 +55,7 @@ const settled = 2 * hsmkeys.LookAgain
 var ErrStillSealing = errors.New("KMEs are still being sealed under an earlier storage key: a token that serves has " +
 	"not got the newest one; bring it there with keysvc backup, and run this again")
 
-// latePasses is after how many passes that found some Reseal says so: the first one finds those of calls that were
-// under way.
+// latePasses is after how many passes with KMEs Reseal fails: the first one finds those of calls that were under way.
 const latePasses = 3
 
 // resealBatch is how many KMEs go into one commit, beside which the service makes its own.
