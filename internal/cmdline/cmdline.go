@@ -363,7 +363,7 @@ func flagsFirst(app *cli.App, args []string) ([]string, error) {
 			continue
 		}
 		if name, value, _ := strings.Cut(strings.TrimLeft(a, "-"), "="); len(a) > 1 && a[0] == '-' {
-			if a == "--help" || a == "-h" {
+			if (a == "--help" || a == "-h") && !slices.Equal(words, []string{"help"}) { // whose arguments count
 				return slices.Concat(args[:1], words, []string{a}), nil // whatever else is there
 			}
 			flags = append(flags, a)

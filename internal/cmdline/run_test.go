@@ -81,7 +81,8 @@ func TestExitCodes(t *testing.T) {
 	}{
 		{"ends", 0, ""}, {"--help", 0, ""}, {"help", 0, ""}, {"help show", 0, ""}, {"--version", 0, ""}, {"", 0, ""},
 		{"show x --help", 0, ""}, {"show x -h", 0, ""}, {"show --own x y --help --strange", 0, ""},
-		{"ends -h failed", 0, ""}, {"shwo --help", 2, "did you mean show?"}, {"shwo it -h", 2, "did you mean show?"},
+		{"ends -h failed", 0, ""}, {"help show --help", 0, ""},
+		{"shwo --help", 2, "did you mean show?"}, {"shwo it -h", 2, "did you mean show?"},
 		{"ends failed", 1, "p: failed"},
 		{"ends usage", 2, "p: usage"},
 		{"ends partial", 3, "p: partial"},

@@ -38,7 +38,7 @@ func TestCheck(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	pin := write("pin", "4711", 0o644)
+	pin := write("pin", "swordfish", 0o644)
 	path := write("keysvc.yaml", fmt.Sprintf(`token: pkcs11:token=operator?module-path=/dev/null&pin-source=file:%s
 store: postgres://keysvc:hunter2@db/keysvc
 listen: %s
@@ -82,7 +82,7 @@ drain_delay: 15s
 			t.Errorf("%s does not say what to do if that is the service", all[i])
 		}
 	}
-	if text := strings.Join(all, "\n"); strings.Contains(text, "hunter2") || strings.Contains(text, "4711") {
+	if text := strings.Join(all, "\n"); strings.Contains(text, "hunter2") || strings.Contains(text, "swordfish") {
 		t.Errorf("a secret is shown: %s", text)
 	}
 	if n := len(problems(true)); n != len(want)-2 {
