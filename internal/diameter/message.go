@@ -26,6 +26,7 @@ const (
 	S6a uint32 = 16777251
 	Cx  uint32 = 16777216
 	SWx uint32 = 16777265
+	Wx  uint32 = 16777219
 	Zh  uint32 = 16777221
 	S13 uint32 = 16777252
 

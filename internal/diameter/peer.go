@@ -53,7 +53,7 @@ func (p *Peer) capabilities() []AVP {
 	avps := append(p.origin(), New(HostIPAddress, []byte{0, 1, 127, 0, 0, 1}), Number(VendorID, 0),
 		Text(ProductName, "a test peer"),
 		Number(InbandSecurityID, 0), Number(SupportedVendorID, ThreeGPP))
-	for _, app := range []uint32{S6a, Cx, SWx, Zh, S13} {
+	for _, app := range []uint32{S6a, Cx, SWx, Wx, Zh, S13} {
 		avps = append(avps, Group(VendorSpecificApp, Number(VendorID, ThreeGPP), Number(AuthApplicationID, app)))
 	}
 	return avps
@@ -193,7 +193,7 @@ func (p *Peer) ULR(realm, imsi, imei string, payload []byte, attempt string, avp
 	return p.Start(S6a, UpdateLocation, realm, imsi, avps...)
 }
 
-// MAR is a Multimedia-Auth-Request of Cx, SWx or Zh. resync is RAND || AUTS, or nil.
+// MAR is a Multimedia-Auth-Request of Cx, SWx, Wx or Zh. resync is RAND || AUTS, or nil.
 func (p *Peer) MAR(app uint32, realm, user string, items uint32, resync []byte) *Message {
 	item := []AVP{Text(SIPScheme, "Digest-AKAv1-MD5")}
 	if resync != nil {

@@ -153,7 +153,8 @@ func (e lineEdge) ulr(imsi, imei string, payload []byte, attempt string, o optio
 }
 
 func (e lineEdge) mar(app uint32, user string, resync []byte, o options) (m maa) {
-	name := map[uint32]string{diameter.Cx: "cx", diameter.SWx: "swx", diameter.Zh: "zh"}[app]
+	name := map[uint32]string{diameter.Cx: "cx", diameter.SWx: "swx", diameter.Wx: "wx",
+		diameter.Zh: "zh"}[app]
 	f, lost := e.ask(o, "MAR", name, user, "2", hexOr(resync))
 	if m.lost = lost; lost != "" {
 		return m

@@ -210,7 +210,7 @@ func multimediaRefused(s *scene) {
 	pending := s.phone()
 	pending.provision(s, s.mme, options{})
 	active, unbound := s.phone().bind(s, s.mme, options{}), s.phone()
-	for _, app := range []uint32{diameter.SWx, diameter.Cx, diameter.Zh} {
+	for _, app := range []uint32{diameter.SWx, diameter.Wx, diameter.Cx, diameter.Zh} {
 		for what, user := range map[string]string{"PENDING": pending.imsi, "ACTIVE": active.imsi,
 			"an EAP identity": "0" + active.imsi + "@nai." + home} {
 			if r := s.mme.mar(app, user, nil, options{}); r.lost != "" || r.result != 5003 || r.authenticate != nil {
@@ -224,7 +224,7 @@ func multimediaRefused(s *scene) {
 	}
 	// An HSS may read the IMSI in the last two: from all digits.
 	for _, name := range []string{"somebody@ims." + home, active.imsi[:8] + "@" + active.imsi[8:], "y" + active.imsi} {
-		for _, app := range []uint32{diameter.SWx, diameter.Cx, diameter.Zh} {
+		for _, app := range []uint32{diameter.SWx, diameter.Wx, diameter.Cx, diameter.Zh} {
 			if r := s.mme.mar(app, name, nil, options{}); r.lost != "" || r.result != 5003 {
 				s.t.Errorf("application %d, the name %s: %+v, want 5003", app, name, r)
 			}
@@ -234,7 +234,7 @@ func multimediaRefused(s *scene) {
 
 func multimediaProcessed(s *scene) {
 	p, unbound := s.phone().bind(s, s.mme, options{}), s.phone()
-	for _, app := range []uint32{diameter.SWx, diameter.Cx, diameter.Zh} {
+	for _, app := range []uint32{diameter.SWx, diameter.Wx, diameter.Cx, diameter.Zh} {
 		r := s.mme.mar(app, "6"+p.imsi+"@nai."+home, nil, options{})
 		if r.lost != "" || r.result != 2001 || len(r.authenticate) != 2 {
 			s.t.Fatalf("application %d: %+v", app, r)

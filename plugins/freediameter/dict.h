@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * The part of the dictionary that kme.fdx touches: our own AVPs, S6a and S13 (3GPP TS 29.272) and Multimedia-Auth of
- * SWx, Cx and Zh (TS 29.273, 29.229, 29.109). A host may define these before us, after us or not at all, and may end if
- * an object exists with other flags. So we define only our own vendor's AVPs when we are loaded. The others are looked
- * up by number at the first message, and defined if they are still missing.
+ * SWx, Wx, Cx and Zh (TS 29.273, 29.234, 29.229, 29.109). A host may define these before us, after us or not at all,
+ * and may end if an object exists with other flags. So we define only our own vendor's AVPs when we are loaded. The
+ * others are looked up by number at the first message, and defined if they are still missing.
  */
 #ifndef KME_DICT_H
 #define KME_DICT_H
@@ -14,6 +14,7 @@
 
 #define S6A_APP		16777251u
 #define SWX_APP		16777265u
+#define WX_APP		16777219u	/* SWx until Release 8 (TS 29.234) */
 #define CX_APP		16777216u
 #define ZH_APP		16777221u
 #define S13_APP		16777252u

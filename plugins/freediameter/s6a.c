@@ -22,6 +22,7 @@ static enum mode mode_of(uint32_t application)
 {
 	switch (application) {
 	case SWX_APP:
+	case WX_APP:
 		return conf.swx;
 	case CX_APP:
 		return conf.cx;
@@ -368,7 +369,7 @@ static enum verdict vectors_answer(struct job *j, uint32_t group)
 	return j->n ? prepare(j) : GO_ON;
 }
 
-/* SWx, Cx and Zh: Multimedia-Auth */
+/* SWx, Wx, Cx and Zh: Multimedia-Auth */
 
 static enum verdict looked_up(struct job *j)
 {

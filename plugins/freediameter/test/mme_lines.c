@@ -2,7 +2,7 @@
 /*
  *	AIR id imsi vectors resync|- [option]...
  *	ULR id imsi imei payload|- attempt|- [option]...
- *	MAR id cx|swx|zh user items auts|- [option]...
+ *	MAR id cx|swx|zh|wx user items auts|- [option]...
  *	RAW id code flags avps|-
  *
  *	AIA id result control|- attempt|- [rand:xres:autn:kasme | u:rand:xres:autn:ck:ik | g:rand:sres:kc]...
@@ -271,7 +271,7 @@ static int fill_ulr(struct msg *msg, char **w, const char *realm, const struct o
 
 static int fill_mar(struct msg *msg, char **w, const char *realm, const struct options *o)
 {
-	static const char *const apps[APPS] = { "s6a", "cx", "swx", "zh" }, scheme[] = "Digest-AKAv1-MD5";
+	static const char *const apps[APPS] = { "s6a", "cx", "swx", "zh", "wx" }, scheme[] = "Digest-AKAv1-MD5";
 	struct msg_hdr *h;
 	struct avp *group;
 	uint64_t items;

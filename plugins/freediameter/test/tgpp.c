@@ -17,7 +17,7 @@
 #define MAX_DEPTH	8
 #define IS_COMMAND	0x1000	/* a rule's parent: a command, not an AVP */
 
-const uint32_t tgpp_app_ids[APPS] = { 16777251, 16777216, 16777265, 16777221 };
+const uint32_t tgpp_app_ids[APPS] = { 16777251, 16777216, 16777265, 16777221, 16777219 };
 struct dict_object *tgpp_apps[APPS], *tgpp_commands[COMMANDS], *tgpp_vendor;
 
 static struct {
@@ -198,7 +198,7 @@ static int rule_define(const struct rule *r)
 
 int tgpp_dictionary(int hss)
 {
-	static const char *const app_names[APPS] = { "S6A", "Cx", "SWx", "Zh" };
+	static const char *const app_names[APPS] = { "S6A", "Cx", "SWx", "Zh", "Wx" };
 	struct dictionary *dict = fd_g_config->cnf_dict;
 	struct dict_vendor_data tgpp = { VENDOR_3GPP, (char *)"3GPP" }, own = { VENDOR_OWN, (char *)"Binding" };
 	int i;

@@ -15,7 +15,7 @@
 #define CMD_ULR		316u
 #define CMD_AIR		318u
 
-enum app { S6A, CX, SWX, ZH, APPS };
+enum app { S6A, CX, SWX, ZH, WX, APPS };
 enum command { AIR, AIA, ULR, ULA, MAR, MAA, COMMANDS };
 
 /* X(id, code, vendor, name, flags, type). What is vendor 0 stands in the base dictionary, but for Service-Selection. */
