@@ -86,7 +86,7 @@ func TestPanic(t *testing.T) {
 	if n := store.tickets.Load(); n != 0 {
 		t.Errorf("%d tickets of the store are out for ever", n)
 	}
-	for _, want := range []string{"nil pointer", "vectors.go", "KeyService/PrepareVector"} {
+	for _, want := range []string{"nil pointer", "vectors.go", `"call":"PrepareVector"`} {
 		if !strings.Contains(log.String(), want) {
 			t.Errorf("the log does not say %q: %s", want, log.String())
 		}
