@@ -236,11 +236,9 @@ func connectionRemedy(err error) string {
 		return ""
 	case connection.Op == "dial":
 		return "see that the service runs, and that --server is its address"
-	case connection.Op == "remote error":
-		return "the service does not take the certificate of --cert: it must be of the service's client_ca, and not " +
-			"expired"
 	}
-	return ""
+	// A refusal of the certificate may come as an end of the connection.
+	return "see that the service runs, and that --cert is of its client_ca, and not expired"
 }
 
 // newRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.
