@@ -1,20 +1,14 @@
 package client
 
 import (
-	"net"
 	"net/http"
-	"path/filepath"
 	"testing"
 	"time"
 )
 
 // Whoever gives calls more time gives it to an instance, too, that says whether it is ready.
 func TestSlowlyReady(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
+	l, path := listen(t)
 	server := &http.Server{Protocols: new(http.Protocols), Handler: http.HandlerFunc(
 		func(_ http.ResponseWriter, r *http.Request) {
 			select {

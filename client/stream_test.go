@@ -2,20 +2,28 @@ package client
 
 import (
 	"context"
+	"fmt"
 	"net"
-	"path/filepath"
+	"os"
 	"testing"
 	"time"
 )
 
-// Between choosing a stream and giving it a call, the stream may turn silent, end, or be closed: the call gets another
-// one, whose end it does not share.
-func TestStreamIsChosenAndGivenACallAtOnce(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "s")
-	l, err := net.Listen("unix", path) // takes connections, and says nothing
+// listen listens on a socket of Linux's abstract namespace, which leaves no file behind.
+func listen(t *testing.T) (net.Listener, string) {
+	t.Helper()
+	path := fmt.Sprintf("@%s %d", t.Name(), os.Getpid())
+	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return l, path
+}
+
+// Between choosing a stream and giving it a call, the stream may turn silent, end, or be closed: the call gets another
+// one, whose end it does not share.
+func TestStreamIsChosenAndGivenACallAtOnce(t *testing.T) {
+	l, path := listen(t) // takes connections, and says nothing
 	defer l.Close()
 	i, err := newInstance("unix:"+path, nil, time.Minute)
 	if err != nil {
