@@ -122,6 +122,9 @@ func (v *stateValue) Get() any { return v.folder }
 func (v *stateValue) Set(text string) error {
 	switch state := binding.State(strings.ToUpper(text)); state {
 	case binding.Pending, binding.Active, binding.Revoked:
+		if v.only != "" && v.only != state {
+			return errors.New("it has two states: give one")
+		}
 		v.only = state
 	default:
 		if _, err := os.Stat(text); errors.Is(err, fs.ErrNotExist) && !strings.Contains(text, "/") {

@@ -335,8 +335,11 @@ func flagsFirst(app *cli.App, args []string) ([]string, error) {
 			for _, f := range c.Flags {
 				_, isBool := f.(*cli.BoolFlag)
 				_, list := f.(*cli.StringSliceFlag)
+				if !list {
+					_, list = f.(*cli.GenericFlag) // whose value knows what may be there twice
+				}
 				for _, n := range f.Names() {
-					takesValue[n], isList[n] = !isBool, list
+					takesValue[n], isList[n] = !isBool, isList[n] || list
 				}
 			}
 			collect(c.Subcommands)
