@@ -69,8 +69,8 @@ func TestExplainedDevice(t *testing.T) {
 		}
 	}
 	check("good", binding.BindingQuery{}, 1, "in lot L1 of manufacturer "+m.KeyID()+", which is served", "")
-	check("for who sees others", binding.BindingQuery{Within: []string{"26201"}}, 0, "in lot L1", "")
-	check("for who sees it", binding.BindingQuery{Within: []string{imsi.String()[:5]}}, 1, "in lot L1", "")
+	check("for whoever sees others", binding.BindingQuery{Within: []string{"26201"}}, 0, "in lot L1", "")
+	check("for whoever sees it", binding.BindingQuery{Within: []string{imsi.String()[:5]}}, 1, "in lot L1", "")
 	r.revoke(t, m, l, d)
 	check("revoked", binding.BindingQuery{}, 1, "The manufacturer has revoked it", "needs another device")
 	must[registry.Verdict](t)(imports.Distrust(ctx, r.store, m.KeyID(), verdict(t, true, "its key is lost")))

@@ -346,7 +346,7 @@ func TestPostgresStandby(t *testing.T) {
 }
 
 // The standby is away, and the primary gives up waiting for it: others then see what it has not confirmed. Nobody is
-// told an NW_SIG that only the primary has, also not who asks again.
+// told an NW_SIG that only the primary has, also not whoever asks again.
 func TestPostgresStandbyAway(t *testing.T) {
 	primary := pgtest.Start(t)
 	standby := primary.Standby(t)

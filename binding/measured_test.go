@@ -53,7 +53,7 @@ func TestMeasured(t *testing.T) {
 	}
 }
 
-// No metric says why a payload was rejected: who may read metrics, and sends payloads, would have an oracle.
+// No metric says why a payload was rejected: whoever may read metrics, and sends payloads, would have an oracle.
 func TestMetricsAreNoOracle(t *testing.T) {
 	r, devices := newKnown(t)
 	registry := prometheus.NewRegistry()

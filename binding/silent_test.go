@@ -161,7 +161,7 @@ func TestVaultFrozen(t *testing.T) {
 	all.Wait()
 	t.Logf("99 of 100 vectors take %s, and %s with a frozen Vault and %d payloads that wait for it",
 		before, after, cold)
-	if after > 20*before { // who waits for it waits a hundred times as long
+	if after > 20*before { // whoever waits for it waits a hundred times as long
 		t.Errorf("99 of 100 vectors take %s with a frozen Vault, and %s without", after, before)
 	}
 	refused.Range(func(reason, _ any) bool {

@@ -47,7 +47,7 @@ const (
 // Whys are all of them.
 func Whys() []Why { return []Why{Failed, Refused, Rollback, Withheld, Late} }
 
-// An Overdue is a list of revoked devices that should have been read again by now.
+// An Overdue is a list of revoked devices that should have been replaced by a later one, or read again, by now.
 type Overdue struct {
 	Lot   string
 	Why   Why
@@ -288,7 +288,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		}
 		// A later list is used even if the Memory cannot be written.
 		if next.noted = err == nil; err != nil {
-			next.err = fmt.Errorf("the list was taken, and would be forgotten at a restart: %w", err)
+			next.err = fmt.Errorf("the list was accepted, and would be forgotten at a restart: %w", err)
 		}
 	}
 	if late := next.list.Overdue(now); next.err == nil && late != nil {

@@ -116,7 +116,7 @@ func TestInitAgain(t *testing.T) {
 	}
 }
 
-// Packages are for one fixture. With several, who provisions says which; each has an injection key of its own.
+// Packages are for one fixture. With several, whoever provisions says which; each has an injection key of its own.
 func TestFixtures(t *testing.T) {
 	ctx := t.Context()
 	tok := softhsmtest.Token(t)

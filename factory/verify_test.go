@@ -240,7 +240,7 @@ func TestChangedManifestFile(t *testing.T) {
 	}
 }
 
-// A lot that is revoked gets no keys and no new ones, and is granted to nobody; who verifies it is told. Doing it again
+// A lot that is revoked gets no keys and no new ones, and is granted to nobody; whoever verifies it is told. Doing it again
 // changes nothing.
 func TestRevokedLot(t *testing.T) {
 	line, _, _ := newLine(t)

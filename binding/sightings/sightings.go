@@ -28,7 +28,7 @@ type Sighting struct {
 	IMEI     kme.IMEI  `json:"imei"`
 	Evidence Evidence  `json:"evidence"`
 	First    time.Time `json:"first"`
-	Last     time.Time `json:"last"` // by the resolution of History
+	Last     time.Time `json:"last"` // to within the resolution of History
 }
 
 // A Move is a subscription that was seen with another device than before.

@@ -23,7 +23,7 @@ func (s *Store) Prepare(ctx context.Context, q binding.VectorRequest) (d binding
 		return d, err
 	}
 	// A caller whose vectors are Ready has read the pending binding, and will be noted in it. That change reads it
-	// again.
+	// again, unless it knows what is stored.
 	if q.Ready == "" {
 		if d, changes, err := s.prepared(ctx, q); !changes || err != nil {
 			return d, err

@@ -378,7 +378,7 @@ func schemas(t *testing.T, name string) {
 	}
 }
 
-// An upgrade does not wait for who reads a table while calls wait behind it: it lets them pass, and tries again.
+// An upgrade does not wait for whoever reads a table while calls wait behind it: it lets them pass, and tries again.
 func TestPostgresUpgradeWaits(t *testing.T) {
 	server := pgtest.Start(t)
 	owner := server.Database(t)

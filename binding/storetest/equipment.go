@@ -22,9 +22,7 @@ func equipment(t *testing.T, s Store) {
 	check := func(what string, imei kme.IMEI, imsi kme.IMSI, of ...kme.IMSI) {
 		t.Helper()
 		own, all, err := s.Equipment(t.Context(), imei, imsi, t0)
-		if err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, err)
 		want := new(binding.Subscription)
 		if imsi != (kme.IMSI{}) {
 			want = subscriptionOf(t, s, imsi, t0)
@@ -56,8 +54,7 @@ func equipment(t *testing.T, s Store) {
 	check("of two", phone, kme.IMSI{}, one, two)
 	check("of two, asked by a third", phone, other, one, two)
 	// The IMSI is bound to another device: the ledger still knows it as this one's.
-	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "opened", IMSI: two, Expires: t0.Add(ttl),
-		Opened: true}))
+	open(t, s, two)
 	check("opened", phone, two, one, two)
 	_, a := prepare(t, s, two, t0)
 	must.Do(t, s.Establish(t.Context(), newBinding(two, another, a.ID), []byte("four"), true, t0))

@@ -55,10 +55,8 @@ func attempts(t *testing.T, s Store) {
 func dropExpired(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
 	for i, imsi := range []kme.IMSI{one, other} {
-		if err := s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: imsi, Opened: true,
-			Expires: t0.Add(ttl + time.Duration(i)*time.Millisecond)}); err != nil {
-			t.Fatal(err)
-		}
+		must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: imsi, Opened: true,
+			Expires: t0.Add(ttl + time.Duration(i)*time.Millisecond)}))
 	}
 	for _, c := range []struct {
 		now          time.Time
@@ -111,9 +109,7 @@ func establishNoAttempt(t *testing.T, s Store) {
 	checkOpen(t, s, other, b1, t0, true)
 
 	first := newBinding(one, imei, a1)
-	if err := s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)))
 	again := newBinding(one, device(t, 2), a1)
 	if err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
 		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
@@ -143,9 +139,7 @@ func establishClosesAttempts(t *testing.T, s Store) {
 	one, other := subscription(t, 1), subscription(t, 2)
 	later := t0.Add(ttl/2 + time.Second)
 	a1, a2, b1 := openAttempt(t, s, one, t0), openAttempt(t, s, one, later), openAttempt(t, s, other, t0)
-	if err := s.Establish(t.Context(), newBinding(one, device(t, 1), a1), []byte("tag"), true, later); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), newBinding(one, device(t, 1), a1), []byte("tag"), true, later))
 	checkOpen(t, s, one, a1, later, false)
 	checkOpen(t, s, one, a2, later, false)
 	checkOpen(t, s, other, b1, later, true)

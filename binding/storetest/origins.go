@@ -23,9 +23,7 @@ func bindFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, imei kme.I
 	}
 	b := newBinding(imsi, imei, d.Attempt.ID)
 	b.Origin = o.Name
-	if err := s.Establish(t.Context(), b, []byte("tag "+tag), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag "+tag), true, t0))
 	return b
 }
 
@@ -59,9 +57,7 @@ func attemptsByOrigin(t *testing.T, s Store) {
 		t.Errorf("another origin's attempt: %v, want ErrNoAttempt", err)
 	}
 	b.Origin = home.Name
-	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
-		t.Error(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag"), true, t0))
 	checkBinding(t, s, imsi, b)
 	for o, id := range ids {
 		checkOpenFrom(t, s, imsi, o, id, t0, false)
@@ -290,9 +286,7 @@ func spent(t *testing.T, s Store) {
 	}
 	b := newBinding(one, device(t, 1), id)
 	b.Origin = home.Name
-	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte("tag"), true, t0))
 	again := request(one, home, t0)
 	again.RANDs = append(again.RANDs, q.RANDs[17])
 	for _, state := range []binding.State{binding.Pending, binding.Active} {

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 // race runs f in many goroutines that begin together, and gives what each returned.
@@ -57,9 +58,7 @@ func racePrepare(t *testing.T, s Store) {
 		}
 		return err
 	}) {
-		if err != nil {
-			t.Error(err)
-		}
+		must.Do(t, err)
 	}
 	if slices.ContainsFunc(ids, func(id string) bool { return id == "" || id != ids[0] }) {
 		t.Errorf("vectors prepared at once got the attempts %q, not one", ids)

@@ -238,9 +238,7 @@ func boundTo(t *testing.T, s Store) {
 	}
 	b := newBinding(subscription(t, 3), device(t, 3), openAttempt(t, s, subscription(t, 3), t0))
 	b.Lot = "L2"
-	if err := s.Establish(t.Context(), b, []byte{3}, true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, []byte{3}, true, t0))
 	check(t0, 4, 3, 1, 0)
 	activate(t, s, subscription(t, 0), t0)
 	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 1), t0))

@@ -146,18 +146,14 @@ func revoke(t *testing.T, s Store) {
 	a2 := openAttempt(t, s, imsi, t0)
 	checkUsed(t, s, device(t, 1), []byte("tag"), true)
 	next := newBinding(imsi, device(t, 1), a2)
-	if err := s.Establish(t.Context(), next, []byte("tag 2"), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), next, []byte("tag 2"), true, t0))
 	checkBinding(t, s, imsi, next)
 	if b := report(t, s, imsi, false, t0); b != nil {
 		t.Errorf("a revoked binding came back: %+v", b)
 	}
 	checkBinding(t, s, imsi, want)
 	a3 := openAttempt(t, s, imsi, t0)
-	if err := s.Establish(t.Context(), newBinding(imsi, device(t, 2), a3), []byte("tag 3"), true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), newBinding(imsi, device(t, 2), a3), []byte("tag 3"), true, t0))
 	// Revoked when it has expired: a clock that is set back does not bring it back.
 	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), imsi, t0.Add(pendingTTL)))
 	checkBinding(t, s, imsi, want)
@@ -191,9 +187,8 @@ func bindings(t *testing.T, s Store) {
 	activate(t, s, subscription(t, 1), t0)
 	activate(t, s, subscription(t, 2), t0)
 	must.Get[*binding.Binding](t)(s.Revoke(t.Context(), subscription(t, 2), t0))
-	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "o", IMSI: subscription(t, 1), Expires: t0.Add(ttl),
-		Opened: true}))
-	must.Do(t, s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "o"), []byte("o"), true, t0))
+	open(t, s, subscription(t, 1))
+	must.Do(t, s.Establish(t.Context(), newBinding(subscription(t, 1), device(t, 7), "admin's"), []byte("o"), true, t0))
 	all := []string{"00000 000 PENDING", "00001 007 PENDING", "00002 001 REVOKED", "00003 001 PENDING",
 		"00004 002 PENDING"}
 	if got := list("", kme.IMEI{}, 10); !slices.Equal(got, all) {
@@ -242,9 +237,8 @@ func reportNotBound(t *testing.T, s Store) {
 	bind(t, s, subscription(t, 1), device(t, 1), []byte("tag"))
 	openAttempt(t, s, subscription(t, 2), t0)
 	for _, ok := range []bool{true, false} {
-		if b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0); !errors.Is(err,
-			binding.ErrNotBound) ||
-			b != nil {
+		b, err := s.Report(t.Context(), subscription(t, 2), nobody.Name, ok, t0)
+		if !errors.Is(err, binding.ErrNotBound) || b != nil {
 			t.Errorf("ok %v: %v, error %v, want ErrNotBound", ok, b, err)
 		}
 	}

@@ -25,8 +25,7 @@ func reseal(t *testing.T, s Store) {
 	// One IMSI has an active and a pending binding, of one only the past is left.
 	one := subscription(t, 0)
 	activate(t, s, one, t0)
-	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "b", IMSI: one, Expires: t0.Add(ttl),
-		Opened: true}))
+	must.Do(t, s.OpenAttempt(t.Context(), binding.Attempt{ID: "b", IMSI: one, Expires: t0.Add(ttl), Opened: true}))
 	second := newBinding(one, device(t, 9), "b")
 	second.Sealed = sealed(1, 9)
 	must.Do(t, s.Establish(t.Context(), second, []byte{9}, true, t0))

@@ -104,11 +104,7 @@ const (
 // subscription and device are one of many.
 func subscription(t *testing.T, n int) kme.IMSI {
 	t.Helper()
-	imsi, err := kme.ParseIMSI(fmt.Sprintf("0010100000%05d", n)) // the zeros in front must survive
-	if err != nil {
-		t.Fatal(err)
-	}
-	return imsi
+	return must.Get[kme.IMSI](t)(kme.ParseIMSI(fmt.Sprintf("0010100000%05d", n))) // the zeros in front must survive
 }
 
 func device(t *testing.T, n int) kme.IMEI {
@@ -149,9 +145,7 @@ func decide(t *testing.T, s Store, q binding.VectorRequest) binding.Decision {
 		q.Ready = d.Binding.AttemptID
 		d, err = s.Prepare(t.Context(), q)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, err)
 	if (d.Binding == nil) == (d.Attempt == nil) {
 		t.Fatalf("Prepare gave binding %v and attempt %v, not one of them", d.Binding, d.Attempt)
 	}
@@ -179,9 +173,7 @@ func checkOpen(t *testing.T, s Store, imsi kme.IMSI, id string, now time.Time, w
 	checkOpenFrom(t, s, imsi, nobody, id, now, want)
 }
 
-func checkOpenFrom(
-	t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, id string, now time.Time, want bool,
-) {
+func checkOpenFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, id string, now time.Time, want bool) {
 	t.Helper()
 	a, err := s.Attempt(t.Context(), imsi, o.Name, id, now)
 	if errors.Is(err, binding.ErrNoAttempt) == want || err != nil && !errors.Is(err, binding.ErrNoAttempt) ||
@@ -208,9 +200,7 @@ func newBinding(imsi kme.IMSI, imei kme.IMEI, attempt string) *binding.Binding {
 func bind(t *testing.T, s Store, imsi kme.IMSI, imei kme.IMEI, tag []byte) *binding.Binding {
 	t.Helper()
 	b := newBinding(imsi, imei, openAttempt(t, s, imsi, t0))
-	if err := s.Establish(t.Context(), b, tag, true, t0); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, s.Establish(t.Context(), b, tag, true, t0))
 	return b
 }
 

@@ -91,13 +91,13 @@ func transportDestroy(c *cli.Context) error {
 			return err
 		}
 		if err := cmdline.Confirm(c, fmt.Sprintf("Transport key %s in %s will be destroyed: an enrolment for it, "+
-			"which may be on its way, cannot be taken any more.", thumbprint, token), thumbprint[:8]); err != nil {
+			"which may be on its way, cannot be imported any more.", thumbprint, token), thumbprint[:8]); err != nil {
 			return err
 		}
 		if err := token.DestroyTransportKey(c.Context, key); err != nil {
 			return err
 		}
 		return cmdline.Printf(c, map[string]any{"thumbprint": thumbprint, "destroyed": true},
-			"transport key %s is destroyed: an enrolment for it cannot be taken any more\n", thumbprint)
+			"transport key %s is destroyed: an enrolment for it cannot be imported any more\n", thumbprint)
 	})
 }

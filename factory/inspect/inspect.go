@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
@@ -106,6 +107,7 @@ func All(
 	}
 	var all []*directory.Manifest
 	var moduli []*big.Int
+	var published []string
 	for _, name := range names {
 		m, err := v.manifest(ctx, name)
 		if errors.Is(err, directory.ErrNotFound) {
@@ -114,15 +116,13 @@ func All(
 		if err != nil {
 			return nil, err
 		}
-		made = slices.DeleteFunc(made, func(lot string) bool { return lot == name })
-		if m == nil {
+		if published = append(published, name); m == nil {
 			continue
 		}
 		all, moduli = append(all, m), append(moduli, m.PublicKey().N)
 	}
-	for _, lot := range made {
-		v.problem("lot %s was made, and the directory does not have it: check --directory, and whether it is mounted",
-			lot)
+	for _, err := range memory.Missing(made, published) {
+		v.problem("%v", err)
 	}
 	v.overlaps(all)
 	shared, err := weakkey.SharedFactors(ctx, moduli)

@@ -52,8 +52,8 @@ type Memory struct {
 func Open(ctx context.Context, dir, manufacturer string) (*Memory, error) {
 	read, write, err := sqlite.Open(ctx, filepath.Join(dir, file), sqlconn.First(schema))
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w: bring it back from a backup, or, if the directory has all lots, remove it",
-			operation, err)
+		return nil, fmt.Errorf("%s: %w: if it is damaged, bring it back from a backup, or, if the directory has "+
+			"all lots, remove it", operation, err)
 	}
 	m := &Memory{Lots: map[string]Lot{}, manufacturer: manufacturer, write: write}
 	db := sqlconn.Conn{Operation: operation + ": read it", DB: sqlconn.SQL{DB: read}}
@@ -114,4 +114,19 @@ func Names(ctx context.Context, dir, manufacturer string) ([]string, error) {
 		return nil, err
 	}
 	return slices.Sorted(maps.Keys(m.Lots)), m.Close()
+}
+
+// Missing gives an error for each lot that was made and is not among those of the directory.
+func Missing(made, published []string) (missing []error) {
+	there := map[string]bool{}
+	for _, lot := range published {
+		there[lot] = true
+	}
+	for _, lot := range made {
+		if !there[lot] {
+			missing = append(missing, fmt.Errorf("lot %s was made, and the directory does not have it: check "+
+				"--directory, and whether it is mounted", lot))
+		}
+	}
+	return missing
 }

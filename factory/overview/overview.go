@@ -74,19 +74,15 @@ func (o *Overview) Lots(ctx context.Context) iter.Seq2[*LotState, error] {
 			yield(nil, err)
 			return
 		}
+		var published []string
 		for _, m := range all {
 			if s, err := o.lot(ctx, m); !yield(s, err) || err != nil {
 				return
 			}
+			published = append(published, m.Lot)
 		}
 		made, err := memory.Names(ctx, o.state.Dir, o.verifier.KeyID())
-		for _, lot := range made {
-			if !slices.ContainsFunc(all, func(m *directory.Manifest) bool { return m.Lot == lot }) {
-				err = errors.Join(err, fmt.Errorf("lot %s was made, and the directory does not have it: check "+
-					"--directory, and whether it is mounted", lot))
-			}
-		}
-		if err != nil {
+		if err = errors.Join(append(memory.Missing(made, published), err)...); err != nil {
 			yield(nil, err)
 		}
 	}

@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// idle has the free places of a pool. A place stands for one session, open or not: who takes a place gets its session.
+// idle has the free places of a pool. A place stands for one session, open or not: whoever takes it gets its session.
 type idle struct {
 	places chan struct{} // one for each free place
 

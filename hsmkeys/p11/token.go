@@ -174,7 +174,7 @@ func connect(u *uri, o Options) (*Token, error) {
 
 // Sessions of a pool: a module that computes in this process, as SoftHSM does, keeps the cores busy with two sessions
 // for each core, since one may wait for a lock. More sessions would only compete for the caches. For an HSM behind a
-// bus or a network, it counts how many calls are on their way at once.
+// bus or a network, what counts is how many calls are on their way at once.
 const (
 	sessionsACore = 2
 	sessionsAway  = 64

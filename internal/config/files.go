@@ -75,7 +75,7 @@ func (r *Report) Parent(setting, what, path string) {
 	}
 }
 
-// Made finds out whether a folder is one that can be written to, or can be made by who is not init.
+// Made finds out whether a folder is one that can be written to, or can be made by another command than init.
 func (r *Report) Made(setting, what, dir string) {
 	if err := durable.CanMkdir(dir); err != nil {
 		r.Add(setting, fmt.Sprintf("%s: %v", what, err), "")
@@ -174,7 +174,7 @@ func (r *Report) Addresses(all ...Address) {
 			l.Close()
 		case errors.Is(err, syscall.EADDRINUSE):
 			r.Add(a.Setting, fmt.Sprintf("%s: %s is in use (ss -ltnp shows by whom)", a.Setting, a.At),
-				"choose another port, or stop who has it; "+Running)
+				"choose another port, or stop the process that has it; "+Running)
 		default:
 			r.Add(a.Setting, fmt.Sprintf("%s: %v", a.Setting, notHad(a.At, err)), "")
 		}

@@ -373,7 +373,7 @@ func (s *site) allTokensAway() {
 	}
 }
 
-// nothingIsLost checks that who has attached is bound, and gets vectors under the KME that the device has.
+// nothingIsLost checks that whoever has attached is bound, and gets vectors under the KME that the device has.
 func (s *site) nothingIsLost() {
 	active := map[string]bool{}
 	for line := range strings.Lines(s.run(s.operator, "keysvc", "binding", "list")) {

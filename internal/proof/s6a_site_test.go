@@ -49,7 +49,7 @@ type site struct {
 	attached []attached             // guarded by mu
 	underWay map[int]time.Time      // guarded by mu: when the attach of each worker began
 	again    map[string]int         // guarded by mu: why something was tried once more
-	bound    map[string]*kme.Secret // guarded by mu: of who has attached, by IMSI
+	bound    map[string]*kme.Secret // guarded by mu: of whoever has attached, by IMSI
 }
 
 // Where they are, but for the instances.

@@ -242,7 +242,8 @@ void stream_close(struct instance *i)
 }
 
 /*
- * Trusts the CA of this file and no other: by default, libcurl also trusts those in a folder of the system.
+ * Trusts the CA of this file and no other: by default, libcurl also trusts those in a folder of the system, and
+ * may ask the system itself.
  */
 static int trust_alone(CURL *h, const char *ca)
 {
@@ -354,7 +355,7 @@ static void run_timer(void)
 	curl_multi_socket_action(multi, CURL_SOCKET_TIMEOUT, 0, &n);
 }
 
-/* The response has ended. */
+/* The response has ended, and libcurl waits for nothing more of it. */
 static int is_stuck(const struct instance *i)
 {
 	long code = 0;
