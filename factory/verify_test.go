@@ -240,8 +240,8 @@ func TestChangedManifestFile(t *testing.T) {
 	}
 }
 
-// A lot that is revoked gets no keys and no new ones, and is granted to nobody; whoever verifies it is told. Doing it again
-// changes nothing.
+// A lot that is revoked gets no keys and no new ones, and is granted to nobody; whoever verifies it is told. Doing it
+// again changes nothing.
 func TestRevokedLot(t *testing.T) {
 	line, _, _ := newLine(t)
 	ctx, out := t.Context(), t.TempDir()

@@ -18,8 +18,8 @@ type Context struct {
 	IMSI IMSI
 }
 
-// Signed is what KME_SIG is made over: KME alone, as the text has it; in the bound suite everything that the device
-// knows of the attempt, so that it is of no use to anybody who has learnt it:
+// Signed gives the bytes that KME_SIG signs: the KME alone, by the text; in the bound suite everything that the device
+// knows about the attempt, so that a KME_SIG is useless for any other attempt:
 //
 //	"kme-binding-v2\x00" || len8(lot) || lot || IMEI14 || len8(IMSI) || IMSI || KME || RME
 //
@@ -37,7 +37,7 @@ func (s Suite) Signed(c Context, p *Plaintext) []byte {
 // OAEPHash is the hash of the bound suite's RSA-OAEP and of its MGF1, as manifests name it.
 const OAEPHash = "SHA-256"
 
-// CheckOAEP refuses a hash that does not go with the suite: the text's suites have none.
+// CheckOAEP refuses a hash that does not fit the suite: the text's suites have none.
 func (s Suite) CheckOAEP(hash string) error {
 	if s == SuiteBound && hash != OAEPHash || s != SuiteBound && hash != "" {
 		return fmt.Errorf("the OAEP hash %q does not go with suite %s", hash, s)
@@ -54,10 +54,10 @@ func (s Suite) encryptOAEP(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return rsa.EncryptOAEP(sha256.New(), rand.Reader, lot, m, nil)
 }
 
-// unpadOAEP takes apart what raw decryption gave, all k bytes of it (RFC 8017 section 7.1.2 step 3, with an empty
-// label). The message's length is known, so that everything is where it has to be, and is looked at whether or not
-// something before it was wrong: no time depends on what (J. Manger, CRYPTO 2001). A token's own OAEP was measured to
-// take longer to refuse than to accept: docs/decisions/0009.
+// unpadOAEP takes all k bytes of a raw decryption apart (RFC 8017 section 7.1.2 step 3, with an empty label). The
+// message's length is known, so every part has its fixed place, and is checked even if an earlier one was wrong: the
+// time does not say which (J. Manger, CRYPTO 2001). A token's own OAEP was measured to take longer to refuse than to
+// accept: docs/decisions/0009.
 func unpadOAEP(raw []byte, size int) (m []byte, ok bool) {
 	const h = sha256.Size
 	if len(raw) < 2*h+2+size { // no modulus of ours

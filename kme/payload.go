@@ -89,13 +89,12 @@ func (s Suite) plaintext(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
 	return m, nil
 }
 
-// ReducePayload prepares a payload of exactly k bytes for raw decryption, so that a caller can send every one the same
-// way through the token and nobody can tell one fault from another by the answer or its time.
+// ReducePayload prepares a payload of exactly k bytes for raw decryption. So a caller can decrypt every payload in the
+// same way, and neither the answer nor its time says which fault one has.
 //
-// ok is false for a payload that is not below N; what comes back is the payload minus N then, which is. In the place of
-// 0, 1 and N-1 comes 2: a token may refuse those three (NIST SP 800-56B Rev. 2 section 7.1.2.1 decrypts only what is
-// between 1 and N-1), which decrypt to themselves; and no more than they has what 2 decrypts to a KME_SIG that
-// verifies.
+// If a payload is not below N, ok is false, and the result is the payload minus N. 0, 1 and N-1 are replaced by 2.
+// These three decrypt to themselves, and a token may refuse them (NIST SP 800-56B Rev. 2 section 7.1.2.1 decrypts only
+// what is between 1 and N-1). The decryption of 2 has no valid KME_SIG, as theirs have none.
 func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool, err error) {
 	k := PayloadSize(lot)
 	if len(payload) != k {
@@ -112,10 +111,10 @@ func ReducePayload(lot *rsa.PublicKey, payload []byte) (reduced []byte, ok bool,
 	return c.FillBytes(make([]byte, k)), ok, nil
 }
 
-// Split takes apart what raw decryption gave, on the network's side. raw has k bytes; a token may have left
-// out leading zero bytes of it, which PKCS #11 forbids for CKM_RSA_X_509 but which costs nothing to accept.
-// ok is false if the bytes before KME || KME_SIG || RME are not all zero; the fields are set all the same, for
-// a caller that treats all faults alike. The fields are copies: wipe raw, and wipe them.
+// Split takes the result of raw decryption apart, on the network's side. raw has k bytes; a token may have left out
+// leading zero bytes, which PKCS #11 forbids for CKM_RSA_X_509 but which costs nothing to accept. ok is false if the
+// bytes before KME || KME_SIG || RME are not all zero; the fields are set all the same, for a caller that treats all
+// faults in the same way. The fields are copies: wipe raw, and wipe them.
 func (s Suite) Split(raw []byte) (p Plaintext, ok bool) {
 	size := s.PlaintextSize()
 	m := make([]byte, max(size, len(raw)))

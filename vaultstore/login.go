@@ -25,9 +25,9 @@ type Login struct {
 	Wrapped      bool   // what the file has is a wrapping token for the secret id, good once
 	CertRole     string // TLS certificate (VAULT_CLIENT_CERT, VAULT_CLIENT_KEY), in this role
 
-	// Wait is for a service, which starts with what it needs no directory for, and whose calls do not wait for one that
-	// is silent: it is no error that Vault is away at first, or has not answered in answerTimeout, and the login is
-	// tried until it succeeds; and each request gets answerTimeout, with all its repetitions.
+	// Wait is for a service, which starts without its directory, and whose calls do not wait for a silent one. It is no
+	// error if Vault is away at first, or does not answer within answerTimeout: the login is tried until it succeeds.
+	// Each request gets answerTimeout, with all its repetitions.
 	Wait bool
 }
 
@@ -38,7 +38,7 @@ const (
 	loginTimeout  = time.Minute
 )
 
-// ErrSettings is in an error that no Vault is needed for: the environment or the login is not what it must be.
+// ErrSettings is in an error of the environment or the login, for which Vault need not be asked.
 var ErrSettings = errors.New("the environment does not name Vault, or the login to it, as it must")
 
 // settings marks an error as one of ErrSettings, and leaves its text.
@@ -47,7 +47,7 @@ type settings struct{ error }
 func (s settings) Is(target error) bool { return target == ErrSettings }
 func (s settings) Unwrap() error        { return s.error }
 
-// Validate refuses a login that is not one of the three ways.
+// Validate refuses a login that mixes the three ways, or lacks a part.
 func (l Login) Validate() error {
 	appRole := l.RoleID != "" || l.SecretIDFile != ""
 	switch {
@@ -117,7 +117,7 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	return client, nil
 }
 
-// environment is an error of what the environment says of Vault.
+// environment makes an error about the environment for Vault.
 func environment(err error) error {
 	return settings{error: fmt.Errorf("the environment for Vault: %w", err)}
 }
@@ -126,9 +126,8 @@ func noAddress(text string) error {
 	return environment(fmt.Errorf("VAULT_ADDR is http://HOST:PORT or https://HOST:PORT, not %q", text))
 }
 
-// A bounded transport gives no more of an answer than Vault could have to say: the library reads all of it into memory,
-// and whoever runs Vault may do no more than be silent. Names of objects take the most, those of a line's lots or of a
-// lot's shards.
+// A bounded transport limits the size of answers: the library reads them into memory, and a hostile Vault must be able
+// to do no more than be silent. The longest answers are lists of names, of a line's lots or of a lot's shards.
 type bounded struct{ http.RoundTripper }
 
 const (
@@ -148,7 +147,7 @@ func (b bounded) RoundTrip(r *http.Request) (*http.Response, error) {
 	return answer, err
 }
 
-// patient is a client as the session's, for a login.
+// patient is a client like the session's, with the time of a login.
 func (s *session) patient() (*api.Client, error) {
 	c, err := s.client.Clone()
 	if err == nil {
@@ -185,7 +184,7 @@ type session struct {
 	secretID string // unwrapped once, since the wrapping token is good once
 }
 
-// token logs in, and gives the token's lease; nil if the token is one that does not end.
+// token logs in, and gives the token's lease; nil if the token does not expire.
 func (s *session) token(ctx context.Context) (secret *api.Secret, err error) {
 	defer panics.Recover(&err)
 	var path string
@@ -305,7 +304,7 @@ func (s *session) keep(ctx context.Context, secret *api.Secret) {
 	}
 }
 
-// tokenAtLast logs in, however often it takes.
+// tokenAtLast tries to log in until it succeeds.
 func (s *session) tokenAtLast(ctx context.Context, err error) (secret *api.Secret) {
 	for wait := time.Second; ctx.Err() == nil; wait = min(2*wait, time.Minute) {
 		if err != nil {

@@ -21,9 +21,9 @@ import (
 
 // A Store is a directory.Store on one mount. All methods may be called concurrently.
 //
-// What is worth trying again (rate limits, sealed or unreachable servers, standby nodes that have no leader
-// yet) the Vault client does, a few times with jitter; what still fails then wraps
-// directory.ErrUnavailable. What is not, fails at once.
+// The Vault client repeats requests that may succeed later (rate limits, sealed or unreachable servers, standby nodes
+// without a leader), a few times with jitter. If they still fail, the error wraps directory.ErrUnavailable. Other
+// failures are not repeated.
 type Store struct {
 	client  *api.Client
 	mount   string
@@ -32,8 +32,8 @@ type Store struct {
 
 var _ directory.Store = (*Store)(nil)
 
-// New keeps objects on a mount, with a client that Connect has made: another would take some redirects for answers.
-// It asks Vault nothing.
+// New makes the Store of a mount. The client must be one of Connect: another would take some redirects for answers. It
+// sends no request.
 func New(client *api.Client, mount string) *Store {
 	return &Store{client: client, mount: strings.Trim(mount, "/")}
 }
@@ -163,7 +163,7 @@ func (s *Store) checkMount(ctx context.Context) error {
 	return nil
 }
 
-// reasons is why Vault refuses something. What another server answers, as HTML, is left out.
+// reasons gives Vault's reasons for a refusal. It leaves out the answers of other servers, such as HTML.
 func reasons(r *api.ResponseError) string {
 	if r.RawError {
 		return "what answers there is no Vault: see that VAULT_ADDR is its address"
@@ -190,7 +190,7 @@ func isUpgrading(err error) bool {
 	return mentions(err, http.StatusBadRequest, "Upgrading from non-versioned")
 }
 
-// explain says what a failure means. It leaves out what the client's own message has, the request's URL.
+// explain says what a failure means. It leaves out the client's own message, which has the request's URL.
 func (s *Store) explain(err error, what, path string) error {
 	var r *api.ResponseError
 	var long *http.MaxBytesError

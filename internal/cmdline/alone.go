@@ -12,8 +12,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// Alone makes an action one that no other process runs in the same --state folder, which is there. Commands that make
-// keys are: two at once could make a key twice.
+// Alone runs an action only if no other process runs one in the same --state folder, which must exist. It is for
+// commands that make keys: two at once could make a key twice.
 func Alone(action cli.ActionFunc) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if err := CheckState(c); err != nil {
@@ -51,5 +51,5 @@ func AloneMaking(action cli.ActionFunc) cli.ActionFunc {
 	}
 }
 
-// CheckState fails if there is no --state folder. Only init makes one: whoever looks into a wrong place is told so.
+// CheckState fails if there is no --state folder. Only init makes one: so a wrong path is an error.
 func CheckState(c *cli.Context) error { return durable.CheckFolder(c.App.Name, c.String("state")) }

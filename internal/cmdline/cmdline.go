@@ -41,7 +41,7 @@ func (e exitError) Unwrap() error { return e.error }
 // Partial marks err as one that left part of the work done.
 func Partial(err error) error { return exitError{error: err, code: exitPartial} }
 
-// Said marks err as one after the command's own JSON document, which says so too.
+// Said marks an err that the command's JSON document has said already.
 func Said(err error) error { return exitError{error: saidError{error: err}, code: exitFailed} }
 
 type saidError struct{ error }
@@ -136,7 +136,7 @@ func init() {
 	cli.FlagStringer = func(f cli.Flag) string { return zeroDefault.ReplaceAllString(stringer(f), "") }
 }
 
-// zeroDefault is what the library says of a flag that has no default.
+// zeroDefault matches the library's text for a flag without a default.
 var zeroDefault = regexp.MustCompile(` ?\(default: (0|0s|false)\)`)
 
 // joined is a text with each paragraph on one line, which fold breaks where the help ends. Lines of examples, and lists
@@ -161,7 +161,7 @@ func joined(text string) string {
 // column is what stands left of a flag's or a command's usage, or of a text.
 var column = regexp.MustCompile(`^ *(\S+( \S+)*  +)?`)
 
-// fold breaks a line of help at 120 columns. What follows is indented as its usage is.
+// fold breaks a line of help at 120 columns, and indents the rest like the usage.
 func fold(line string) (folded string) {
 	const width = 120
 	indent := len(column.FindString(line))
@@ -193,7 +193,7 @@ func onUsageError(c *cli.Context, err error, _ bool) error {
 	return usage.Mark(err)
 }
 
-// badValue is what package flag says of a value. Its "parse error" does not say what can be parsed.
+// badValue matches package flag's error about a value. Its "parse error" does not say what can be parsed.
 var badValue = regexp.MustCompile(`^invalid (?:boolean )?value (".*") for (?:flag )?-([^ :]+): (.*)$`)
 
 // kinds says what values a flag takes.
@@ -213,7 +213,7 @@ func kinds(c *cli.Command, name string) string {
 	return "a number"
 }
 
-// meant is what to add to the name of something that there is not.
+// meant suggests a name for one that does not exist.
 func meant(prefix, name string, candidates []string) string {
 	if near := config.Nearest(name, candidates); near != "" {
 		return " (did you mean " + prefix + near + "?)"
@@ -221,7 +221,7 @@ func meant(prefix, name string, candidates []string) string {
 	return ""
 }
 
-// flagNames are those of a command's flags.
+// flagNames gives the names of a command's flags.
 func flagNames(c *cli.Command) (names []string) {
 	for _, f := range c.Flags {
 		names = append(names, f.Names()...)
@@ -229,7 +229,7 @@ func flagNames(c *cli.Command) (names []string) {
 	return names
 }
 
-// commandNames are those of commands.
+// commandNames gives the names of commands.
 func commandNames(commands []*cli.Command) (names []string) {
 	for _, c := range commands {
 		if !c.Hidden {
@@ -239,7 +239,7 @@ func commandNames(commands []*cli.Command) (names []string) {
 	return names
 }
 
-// unknown is the action of what only has commands below it: it shows these, and refuses what is none of them.
+// unknown is the action of a command that only has subcommands: it lists them, and refuses any other word.
 func unknown(name string, commands []*cli.Command, help cli.ActionFunc) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if c.Args().Present() {
@@ -249,7 +249,7 @@ func unknown(name string, commands []*cli.Command, help cli.ActionFunc) cli.Acti
 	}
 }
 
-// noCommand is the error of a word that is none of the commands below a name, which is empty at the top.
+// noCommand is the error of a word that is no command below name, which is empty at the top.
 func noCommand(program, name, word string, commands []*cli.Command) error {
 	parent := ""
 	if name != "" {
@@ -259,7 +259,7 @@ func noCommand(program, name, word string, commands []*cli.Command) error {
 		meant(parent, word, commandNames(commands)), program)
 }
 
-// prepare gives every command what all have.
+// prepare gives every command the parts that are common to all.
 func (p Program) prepare(parent string, commands []*cli.Command) {
 	for _, c := range commands {
 		name := parent + " " + c.Name
@@ -304,7 +304,7 @@ func describeArgs(want []string) string {
 	return strings.Join(want, " ")
 }
 
-// Require refuses a command line without the flags named.
+// Require fails if one of these flags is missing.
 func Require(c *cli.Context, flags ...string) error {
 	for _, f := range flags {
 		if !c.IsSet(f) || c.String(f) == "" {
@@ -314,7 +314,7 @@ func Require(c *cli.Context, flags ...string) error {
 	return nil
 }
 
-// Requiring makes an action one that needs the flags named.
+// Requiring adds Require to an action.
 func Requiring(action cli.ActionFunc, flags ...string) cli.ActionFunc {
 	return func(c *cli.Context) error {
 		if err := Require(c, flags...); err != nil {
@@ -405,7 +405,7 @@ func flagsFirst(app *cli.App, args []string) ([]string, error) {
 // thumbprint is one of RFC 7638 that looks like a flag: base64url has the minus sign, and one of 64 begins with it.
 var thumbprint = regexp.MustCompile(`^-[A-Za-z0-9_-]{42}$`)
 
-// Print gives a result: v as one JSON document with --json, else what human writes.
+// Print prints a result: with --json, v as one JSON document; otherwise what human writes.
 func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	if !c.Bool("json") {
 		human(c.App.Writer)
@@ -417,13 +417,13 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 	return e.Encode(v)
 }
 
-// Printf gives a result: v as one JSON document with --json, else a text.
+// Printf prints a result: with --json, v as one JSON document; otherwise a text.
 func Printf(c *cli.Context, v any, format string, args ...any) error {
 	return Print(c, v, func(w io.Writer) { fmt.Fprintf(w, format, args...) })
 }
 
-// PrintEach gives a list, whose name is in quotes: as PrintList does with --json, else a title and what human writes of
-// each item.
+// PrintEach prints a list, whose name is in quotes: with --json by PrintList; otherwise a title, and what human writes
+// for each item.
 func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, error], human func(io.Writer, T)) error {
 	if c.Bool("json") {
 		return PrintList(c, name, items)

@@ -50,7 +50,7 @@ func isConfigured(f cli.Flag) bool {
 	return ok && categorised.GetCategory() == Configured
 }
 
-// isSet says so of a flag that the command line or the environment gives a value.
+// isSet says whether the command line or the environment gives a flag a value.
 func isSet(c *cli.Context, name string) bool { return c.IsSet(name) && fmt.Sprint(c.Value(name)) != "" }
 
 // fill sets the flags that neither the command line nor the environment has set.
@@ -83,7 +83,7 @@ func (p *Config) Find(c *cli.Context) (string, error) {
 	return config.Find(p.Program, c.String(configFlag))
 }
 
-// Require is Find for what has nothing to do without a configuration. The help of command documents it.
+// Require is Find for commands that cannot work without a configuration. The help of command documents it.
 func (p *Config) Require(c *cli.Context, command string) (string, error) {
 	path, err := p.Find(c)
 	if err == nil && path == "" {

@@ -16,8 +16,8 @@ import (
 // Yes is the flag of the commands that ask: see Confirm.
 var Yes = &cli.BoolFlag{Name: "yes", Usage: "do not ask whether it is meant: for scripts, since nothing undoes it"}
 
-// Confirm is for what cannot be undone. It prints to standard error what will be lost, in a sentence, and wants name
-// typed on a terminal; where nobody sits, it wants --yes. An error means that nothing may be done.
+// Confirm asks before an action that cannot be undone. It prints to standard error what will be lost, and wants name
+// typed on a terminal. Without a terminal, it wants --yes. On an error, nothing may be done.
 func Confirm(c *cli.Context, what, name string) error {
 	fmt.Fprintf(c.App.ErrWriter, "%s\n", what)
 	if c.Bool(Yes.Name) {

@@ -25,7 +25,7 @@ func DirectoryFlags() []cli.Flag {
 	}
 }
 
-// VaultLogin is what DirectoryFlags say of the login.
+// VaultLogin gives the login that DirectoryFlags name.
 func VaultLogin(c *cli.Context) vaultstore.Login {
 	return vaultstore.Login{
 		RoleID: c.String("vault-role-id"), SecretIDFile: c.String("vault-secret-id-file"),
@@ -33,7 +33,7 @@ func VaultLogin(c *cli.Context) vaultstore.Login {
 	}
 }
 
-// StderrLog is for what a command's background work has to say.
+// StderrLog is the log of a command's background work.
 func StderrLog(c *cli.Context) *slog.Logger {
 	return slog.New(slog.NewTextHandler(c.App.ErrWriter, &slog.HandlerOptions{Level: slog.LevelWarn}))
 }

@@ -27,7 +27,7 @@ type verdict struct {
 	Weaknesses []string `json:"weaknesses"` // with which it is
 }
 
-// judge does not count a mechanism in whose place the token has another.
+// judge does not count a missing mechanism that the token has a replacement for.
 func judge(id hsmkeys.Identity, report []hsmkeys.Finding) verdict {
 	v := verdict{Verdict: "fit", Missing: []string{}, Weaknesses: []string{}}
 	for _, what := range id.Weak {

@@ -34,7 +34,7 @@ func (p Program) helpCommand() *cli.Command {
 	}
 }
 
-// completionArg asks for the completions of the words after it: the scripts below do, and nobody else.
+// completionArg asks for the completions of the words after it. It is for the scripts below.
 const completionArg = "--complete"
 
 // complete prints what the last word may become, a line each, with what it is for after a tab. It prints nothing where

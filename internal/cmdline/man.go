@@ -34,7 +34,7 @@ func (p Program) man() string {
 	return page.String()
 }
 
-// manCommands describes the commands that do something, and puts down the variables that they read.
+// manCommands describes the commands that have an action, and notes the environment variables that they read.
 func (p Program) manCommands(page *strings.Builder, parent string, commands []*cli.Command, env map[string]string) {
 	for _, c := range commands {
 		name := parent + " " + c.Name
@@ -91,7 +91,7 @@ func roffText(text string) string {
 	return b.String()
 }
 
-// roff has a text stand for itself in a line of man(7).
+// roff escapes a text for a line of man(7).
 func roff(text string) string {
 	text = strings.NewReplacer(`\`, `\e`, "-", `\-`).Replace(text)
 	if strings.HasPrefix(text, ".") || strings.HasPrefix(text, "'") {

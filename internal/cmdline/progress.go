@@ -15,7 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/terminal"
 )
 
-// A Step is how far a work is.
+// A Step says how far a piece of work is.
 type Step struct {
 	Done   int
 	New    int    // of these, this run's own: what earlier runs did says nothing of its rate
@@ -47,7 +47,7 @@ const (
 	drawEvery = 200 * time.Millisecond
 )
 
-// NewProgress begins to show a work, which is counted in a unit. Close ends it.
+// NewProgress begins to show the progress of work, counted in a unit. Close ends it.
 func NewProgress(c *cli.Context, what, unit string, total int) *Progress {
 	p := newProgress(c.App.ErrWriter, what, unit, c.Bool("json"))
 	p.step.Total = total
@@ -55,7 +55,7 @@ func NewProgress(c *cli.Context, what, unit string, total int) *Progress {
 	return p
 }
 
-// Spin shows that a work of unknown length goes on, and since when, until stop is called.
+// Spin shows until stop is called that work of unknown length goes on, and since when.
 func Spin(c *cli.Context, what string) (stop func()) { return NewProgress(c, what, "", 0).Close }
 
 func newProgress(w io.Writer, what, unit string, asJSON bool) *Progress {
@@ -100,7 +100,7 @@ func (p *Progress) set(s Step) {
 	}
 }
 
-// Close takes the line that changes away: what is written next has a line of its own.
+// Close removes the line that changes, so that the next output begins a line.
 func (p *Progress) Close() {
 	close(p.ended)
 	p.ticking.Wait()
@@ -124,7 +124,7 @@ func (p *Progress) say(now time.Time) {
 	}
 }
 
-// pace is the rate of this run's work, and how long it will take for the rest; zero if nobody can say.
+// pace is the rate of this run's work, and the time for the rest; zero if that is not known.
 func (s Step) pace(since, now time.Time) (perSecond float64, left time.Duration) {
 	if s.New == 0 || !now.After(since) {
 		return 0, 0
@@ -237,7 +237,7 @@ func (s *screen) columns() int {
 	return width - 1
 }
 
-// show has a line shown in the place of the one before; none if it is empty.
+// show replaces the line at the end by another one, or removes it if that is empty.
 func (s *screen) show(line string) {
 	if runes, n := []rune(line), s.columns(); len(runes) > n {
 		line = string(runes[:n])
@@ -250,7 +250,7 @@ func (s *screen) show(line string) {
 	}
 }
 
-// end takes the line that changes away for good: a second signal, which kills, leaves none behind.
+// end removes the line that changes for good, so that a second signal, which kills, leaves none behind.
 func (s *screen) end() {
 	s.mu.Lock()
 	defer s.mu.Unlock()

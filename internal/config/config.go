@@ -56,11 +56,11 @@ func (s Schema[C]) Help() string {
 	return text.String()
 }
 
-// Given is what the command line and the environment say, by the names of flags. It goes before the file.
+// Given has the values of the command line and the environment, by the names of flags. They override the file.
 type Given map[string][]string
 
-// Read reads a file; without a path it reads none, and takes the defaults. What is wrong is in the report, and the
-// configuration is then not to be used.
+// Read reads a file; without a path, it takes the defaults. The report has what is wrong: then the configuration must
+// not be used.
 func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 	c, r := new(C), &Report{Path: path, See: s.See, lines: map[string]int{}}
 	v, d := reflect.ValueOf(c).Elem(), decoder{Report: r, rules: map[string]rule{}}
@@ -204,7 +204,7 @@ func find(etc, program, named string) (string, error) {
 	if !exists(here) {
 		return "", nil
 	}
-	// A configuration names a library that is loaded, and nobody has named this one.
+	// A configuration names a library that is loaded, and this file was not named by anybody.
 	info, err := os.Stat(here)
 	if err != nil {
 		return "", err
@@ -217,7 +217,7 @@ func find(etc, program, named string) (string, error) {
 	return here, nil
 }
 
-// exists says so also of what cannot be looked at: that is an error when it is read.
+// exists also says yes if a path cannot be looked at: that is an error when it is read.
 func exists(path string) bool {
 	_, err := os.Stat(path)
 	return !durable.Missing(err)

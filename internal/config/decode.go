@@ -14,19 +14,19 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// A decoder reads YAML into a struct, and goes on after what is wrong.
+// A decoder reads YAML into a struct, and goes on after an error.
 type decoder struct {
 	*Report
 	rules map[string]rule // by the names of settings
 }
 
-// A rule is what a setting may be.
+// A rule says which values a setting may have.
 type rule struct {
 	text   string
 	secret bool
 }
 
-// kinds says what a setting of a type may be.
+// kinds says which values a setting of a type may have.
 var kinds = map[reflect.Kind]string{
 	reflect.String: "a text", reflect.Bool: "true or false", reflect.Float64: "a number", reflect.Int: "a whole number",
 	reflect.Slice: "a list of texts", reflect.Pointer: "a whole number", // a uid
@@ -35,7 +35,7 @@ var kinds = map[reflect.Kind]string{
 // number is a time without its unit.
 var number = regexp.MustCompile(`^[0-9]+(\.[0-9]+)?$`)
 
-// notAllowed reports a value: kind is what one of its type may be.
+// notAllowed reports a value. kind says which values its type may have.
 func (d decoder) notAllowed(name, kind, value string) {
 	what := fmt.Sprintf("%s is %s, not ", name, cmp.Or(d.rules[name].text, kind))
 	remedy := ""
@@ -51,7 +51,7 @@ func (d decoder) notAllowed(name, kind, value string) {
 	d.Add(name, what, remedy)
 }
 
-// aTime is what kinds would say of a duration.
+// aTime is kinds for a duration.
 const aTime = "a time, such as 5m"
 
 // document reads a YAML document into a struct. What the document does not name stays as it is.
@@ -129,7 +129,7 @@ func (d decoder) meant(prefix, key string, beside, all reflect.Value) string {
 	return fmt.Sprintf("see %s --help", d.See)
 }
 
-// given reads what the command line or the environment says.
+// given reads a value of the command line or the environment.
 func (d decoder) given(name string, texts []string, to reflect.Value) {
 	n := &yaml.Node{Kind: yaml.SequenceNode}
 	for _, text := range texts {

@@ -25,7 +25,7 @@ import (
 // expiresSoon is how long before its end a certificate is worth a warning, but a third of its life at most.
 const expiresSoon = 30 * 24 * time.Hour
 
-// reason is an error of a file without the path, which stands before it.
+// reason is an error of a file without its path, because a message has that already.
 func reason(err error) error {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
 		return e.Err
@@ -44,7 +44,7 @@ func (r *Report) File(setting, what, path string) []byte {
 	return data
 }
 
-// Secret is File of one that only its user, and its group at most, may read.
+// Secret is File for a file that only its user, and at most its group, may read.
 func (r *Report) Secret(setting, what, path string) []byte {
 	data := r.File(setting, what, path)
 	if info, err := os.Stat(path); err == nil && info.Mode().Perm()&0o007 != 0 {
@@ -54,7 +54,7 @@ func (r *Report) Secret(setting, what, path string) []byte {
 	return data
 }
 
-// Folder warns of a folder that is not there: it may come back, and not all needs it.
+// Folder warns of a folder that does not exist: it may come back, and some commands do not need it.
 func (r *Report) Folder(setting, what, path, remedy string) {
 	if info, err := os.Stat(path); err != nil {
 		r.Warn(setting, fmt.Sprintf("%s %s cannot be opened: %v", what, path, reason(err)), remedy)
@@ -134,7 +134,7 @@ func isPort(text string) bool {
 // An Address is where a setting says to listen; empty for nowhere.
 type Address struct{ Setting, At string }
 
-// Distinct reports addresses that are the same, or one of which has the other in it.
+// Distinct reports addresses that are the same, or of which one includes the other.
 func (r *Report) Distinct(all ...Address) {
 	for i, a := range all {
 		for _, b := range all[:i] {
@@ -162,7 +162,7 @@ func overlap(a, b string) bool {
 	return every(one.IP) || every(two.IP) || one.IP.Equal(two.IP)
 }
 
-// Addresses finds out whether TCP addresses can be had. What runs already has its own.
+// Addresses finds out whether the program could listen at these TCP addresses. If it runs already, it uses them itself.
 func (r *Report) Addresses(all ...Address) {
 	for _, a := range all {
 		if a.At == "" || !r.Good(a.Setting) {
@@ -181,7 +181,7 @@ func (r *Report) Addresses(all ...Address) {
 	}
 }
 
-// Running is the remedy for an address that the program itself may have.
+// Running is the remedy for an address that the program itself may be using.
 const Running = "if that is this configuration's own service, check with --running"
 
 // Listen says what to do about an address that cannot be had.
@@ -190,7 +190,7 @@ func Listen(address string) (net.Listener, error) {
 	return l, notHad(address, err)
 }
 
-// SocketFree refuses a Unix socket that somebody serves.
+// SocketFree fails if a process serves a Unix socket.
 func SocketFree(path string) error {
 	c, err := net.Dial("unix", path)
 	if err != nil {
@@ -274,7 +274,7 @@ func CheckPurpose(c *x509.Certificate, usage x509.ExtKeyUsage) error {
 	return errors.New("is not for a client: its extendedKeyUsage has no clientAuth")
 }
 
-// dates finds what is wrong with the time that a certificate is good for.
+// dates finds what is wrong with the validity of a certificate.
 func (r *Report) dates(setting, what string, c *x509.Certificate) {
 	switch now := time.Now(); {
 	case now.After(c.NotAfter):

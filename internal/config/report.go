@@ -42,10 +42,10 @@ type Report struct {
 	lines    map[string]int // by the names of settings
 }
 
-// Add puts in what is wrong with a setting.
+// Add adds a problem of a setting.
 func (r *Report) Add(setting, what, remedy string) { r.at(r.line(setting), setting, what, remedy) }
 
-// Warn puts in what is only worth to be known.
+// Warn adds a warning about a setting.
 func (r *Report) Warn(setting, what, remedy string) {
 	r.Add(setting, what, remedy)
 	r.problems[len(r.problems)-1].Warning = true

@@ -132,7 +132,7 @@ func New(token string, threshold, count int) (hsmkeys.PIN, []*Share, error) {
 	return pin, shares, nil
 }
 
-// CheckSize refuses a split that cannot be.
+// CheckSize refuses sizes that no split may have.
 func CheckSize(threshold, count int) error {
 	if threshold < 2 || threshold > count || count > MaxShares {
 		return fmt.Errorf("%d of %d shares: at least 2 are needed, and there are at most %d", threshold,
@@ -154,7 +154,7 @@ func (s *Share) Marshal() ([]byte, error) {
 	return append(line, '\n'), err
 }
 
-// Parse reads a share, and refuses what is none of the split that it names. Its errors have nothing of the share's
+// Parse reads a share, and verifies that it belongs to the split that it names. Its errors have nothing of the share's
 // secret.
 func Parse(text []byte) (*Share, error) {
 	text = bytes.TrimSpace(text)
@@ -197,7 +197,7 @@ type Quorum struct {
 	shares []*Share
 }
 
-// Add takes a share, or says why not.
+// Add adds a share, or says why not.
 func (q *Quorum) Add(s *Share) error {
 	if s.Token != q.Token {
 		return fmt.Errorf("%v is of the token with serial number %s, not of %s", s, s.Token, q.Token)

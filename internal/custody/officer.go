@@ -12,7 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// A Token is what is asked of the token whose security officer's PIN it is.
+// A Token is the token whose security officer's PIN it is.
 type Token interface {
 	fmt.Stringer
 	Serial() string
@@ -27,7 +27,7 @@ type Officer struct {
 	Ask    func(*Quorum) error // takes shares at a terminal; nil if there is none
 }
 
-// ErrNoOfficerPIN: it was not said where it is.
+// ErrNoOfficerPIN: neither a file nor shares were named for the PIN.
 var ErrNoOfficerPIN = errors.New("this needs the security officer's PIN")
 
 // A Basis is what a command needs to know of the security officer's PIN before it logs in.

@@ -13,8 +13,8 @@ import (
 	"github.com/google/renameio/v2"
 )
 
-// WriteFile puts data at path in one step, replacing what was there, and returns when file and name would survive a
-// loss of power. What a process leaves that is killed meanwhile is beside path, and begins with a dot.
+// WriteFile writes a file in one step, and replaces the one before. When it returns, file and name survive a loss of
+// power. A process that is killed meanwhile may leave a file beside path, whose name begins with a dot.
 func WriteFile(path string, data []byte, perm os.FileMode) error {
 	dir := filepath.Dir(path)
 	err := renameio.WriteFile(path, data, perm, renameio.WithStaticPermissions(perm), renameio.WithTempDir(dir))

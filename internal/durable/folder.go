@@ -26,8 +26,8 @@ func CheckFolder(program, dir string) error {
 	return checkOwner(program, dir, info, os.Geteuid())
 }
 
-// CheckOwner refuses to let root work in another user's folder: what it made there, the service could not use. A folder
-// that is not there is nobody's.
+// CheckOwner fails if root would work in another user's folder: the service could not use what root makes there. A
+// folder that does not exist is no error.
 func CheckOwner(program, dir string) error {
 	info, err := os.Stat(dir)
 	if errors.Is(err, fs.ErrNotExist) {

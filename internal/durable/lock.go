@@ -21,7 +21,7 @@ func Lock(dir string) (unlock func(), err error) {
 	})
 }
 
-// LockFile is Lock with a file of its own; held gives the error where somebody else holds the lock.
+// LockFile is Lock with another file. held makes the error if another process holds the lock.
 func LockFile(path string, held func(holder string) error) (unlock func(), err error) {
 	var f *os.File
 	for {

@@ -12,8 +12,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
-// WriteNew writes a file for another party. One that is there with the same content is left as it is; one with another
-// content may be the only one of its kind, and is an error.
+// WriteNew writes a file for another party. If the file exists with the same content, nothing changes; with another
+// content it is an error, because that may be the only copy.
 func WriteNew(path string, data []byte, perm os.FileMode) error {
 	if have, err := os.ReadFile(path); err == nil && bytes.Equal(have, data) {
 		return nil
@@ -27,7 +27,7 @@ func WriteNew(path string, data []byte, perm os.FileMode) error {
 	return nil
 }
 
-// CheckNew fails if there is a file, or no folder for it. It comes before work whose result is never the same twice.
+// CheckNew fails if path exists, or its folder does not. Call it before work whose result differs each time.
 func CheckNew(path string) error {
 	if folder, err := os.Stat(filepath.Dir(path)); err != nil || !folder.IsDir() {
 		return usage.Errorf("--out: there is no folder %s", filepath.Dir(path))

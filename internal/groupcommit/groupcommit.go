@@ -1,4 +1,4 @@
-// Package groupcommit has changes of a database share transactions, and with them the syncs of its disk.
+// Package groupcommit lets changes of a database share transactions, and so the syncs of its disk.
 package groupcommit
 
 import (
@@ -11,8 +11,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// A Writer makes changes, in transactions of type T. Those who wait at the same time share one commit; each change is
-// made or not made by itself. It may be used concurrently.
+// A Writer makes changes, in transactions of type T. Changes that wait at the same time share one commit; each of them
+// succeeds or fails by itself. It may be used concurrently.
 type Writer[T any] struct {
 	try     func(batch []*Change[T], apart bool) (results []error, err error)
 	changes chan *Change[T]
@@ -25,7 +25,7 @@ type Writer[T any] struct {
 	ended   chan struct{} // closed when no change is made any more
 }
 
-// A Change is one that is to be made.
+// A Change is a change that waits to be made.
 type Change[T any] struct {
 	Key  string // those with the same are made one after the other
 	ctx  context.Context
@@ -48,9 +48,9 @@ var ErrTogether = errors.New("one of the changes that were not kept apart failed
 // ErrClosed is the error of a change that comes after Close.
 var ErrClosed = errors.New("the database is closed")
 
-// New makes a Writer. try makes changes durably in one transaction, in their order those with the same key, and leaves
-// out those that are Gone; it gives the error of each. One that fails is undone alone if they are kept apart; if not,
-// try may undo all, and fail with ErrTogether.
+// New makes a Writer. try makes changes durably in one transaction, and gives the error of each. It makes changes with
+// the same key in their order, and leaves out those that are Gone. With apart, it undoes a change that fails alone;
+// without, it may undo all, and fail with ErrTogether.
 func New[T any](try func(batch []*Change[T], apart bool) (results []error, err error)) *Writer[T] {
 	w := &Writer[T]{try: try, changes: make(chan *Change[T]), stopped: make(chan struct{}), ended: make(chan struct{})}
 	w.done = func() { w.tickets.Add(-1) }
@@ -84,12 +84,12 @@ func (w *Writer[T]) Close() {
 	<-w.ended
 }
 
-// Soon takes a ticket: whoever has it will soon make a change. done gives it back, once, when
-// that is made or will not be.
+// Soon takes a ticket: its holder will soon make a change. done gives it back, once, when the change is made or will
+// not be.
 //
-// A commit costs as much as several changes, most of it for the disk: so it waits for half of the tickets that are out,
-// but only until Pause after the commit before. While no tickets are out, no commit waits; what comes during one is in
-// the next.
+// A commit costs as much as several changes, mostly for the disk. So it waits for half of the open tickets, but only
+// until Pause after the commit before. Without open tickets, no commit waits. Changes that come during a commit are in
+// the next one.
 func (w *Writer[T]) Soon() (done func()) {
 	w.tickets.Add(1)
 	return w.done
@@ -113,7 +113,7 @@ func (w *Writer[T]) run() {
 	}
 }
 
-// gather adds to a change those that are to be made with it.
+// gather adds to a change those that share its commit.
 func (w *Writer[T]) gather(first *Change[T], last time.Time) []*Change[T] {
 	batch := []*Change[T]{first}
 	var due <-chan time.Time
@@ -143,7 +143,7 @@ func (w *Writer[T]) gather(first *Change[T], last time.Time) []*Change[T] {
 }
 
 func (w *Writer[T]) commit(batch []*Change[T]) {
-	// What keeps changes apart costs, and failures are rare.
+	// To keep changes apart costs time, and failures are rare.
 	results, err := w.tried(batch, false)
 	if errors.Is(err, ErrTogether) && len(batch) > 1 {
 		results, err = w.tried(batch, true)
@@ -156,7 +156,7 @@ func (w *Writer[T]) commit(batch []*Change[T]) {
 	}
 }
 
-// tried is try, whose panics are those of the driver.
+// tried is try with panics as errors: they come from the driver.
 func (w *Writer[T]) tried(batch []*Change[T], apart bool) (results []error, err error) {
 	results = make([]error, len(batch))
 	defer panics.Recover(&err)

@@ -41,7 +41,7 @@ type Enrolment struct {
 	Wrapped      strict.Base64 `json:"wrapped"`
 }
 
-// Validate refuses an enrolment that does not hold together.
+// Validate refuses an enrolment whose parts do not fit one another.
 func (e *Enrolment) Validate() error {
 	if err := directory.CheckName(e.Operator); err != nil {
 		return fmt.Errorf("the operator: %w", err)
@@ -62,7 +62,7 @@ type Grant struct {
 	Manifest  string        `json:"manifest"` // the lot's signed manifest, a compact JWS
 }
 
-// Validate refuses a grant that does not hold together.
+// Validate refuses a grant whose parts do not fit one another.
 func (g *Grant) Validate() error {
 	if err := directory.CheckName(g.Operator); err != nil {
 		return fmt.Errorf("the operator: %w", err)
@@ -117,7 +117,7 @@ func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
 	})
 }
 
-// ParseTransportKey reads the file, and refuses a key that has not the thumbprint that its owner read out.
+// ParseTransportKey reads the file. It refuses a key without the thumbprint that its owner has read out.
 func ParseTransportKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
 	return parseReceiver(TypeTransportKey, "it is no transport key, as keysvc transport new writes it",
 		data, thumbprint)

@@ -57,8 +57,8 @@ func (l InjectionLine) Write(w io.Writer) error {
 // maxLine is above the longest line, that of an RSA device key.
 const maxLine = 16 << 10
 
-// ReadInjection reads a package, line by line, until the first error. Whether the devices are the right ones is the
-// caller's to check.
+// ReadInjection reads a package, line by line, until the first error. The caller checks whether the devices are the
+// right ones.
 func ReadInjection(r io.Reader) iter.Seq2[InjectionLine, error] {
 	return func(yield func(InjectionLine, error) bool) {
 		lines := bufio.NewScanner(r)
@@ -187,7 +187,7 @@ func readPackage(
 	return all, sum.Sum(nil), nil
 }
 
-// Reissues gives the keys that came in the place of others, each with the path of its package below dir.
+// Reissues gives the keys that replaced others, each with the path of its package below dir.
 func Reissues(entries []directory.Revocation, dir string) iter.Seq2[string, directory.Revocation] {
 	return func(yield func(string, directory.Revocation) bool) {
 		issued := map[kme.IMEI]int{}

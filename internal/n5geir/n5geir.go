@@ -19,7 +19,7 @@ import (
 // path is where the one resource is (TS 29.511 clause 6.1.3).
 const path = "/n5g-eir-eic/v1/equipment-status"
 
-// A Check answers for whoever has sent a request, or refuses: api.Handler.CheckEquipment.
+// A Check answers or refuses the sender of a request: api.Handler.CheckEquipment.
 type Check func(*http.Request, *kmev1.CheckEquipmentRequest) (*kmev1.CheckEquipmentResponse, error)
 
 // Options are what Handler serves with.
@@ -98,8 +98,8 @@ var (
 	features = regexp.MustCompile(`^[A-Fa-f0-9]*$`)
 )
 
-// parse gives what a query asks. Nothing is known of a device that is no IMEI; with a subscription that is no IMSI,
-// what is known of the device alone counts.
+// parse parses a query. About a device without an IMEI, nothing is known. If the subscription has no IMSI, only what is
+// known about the device counts.
 func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 	q, other := new(kmev1.CheckEquipmentRequest), false
 	parameters := []parameter{

@@ -67,11 +67,11 @@ func (r *Registration) profile() (map[string]any, error) {
 	return p, nil
 }
 
-// errNotRegistered is that the NRF does not know us, or no more.
+// errNotRegistered says that the NRF does not know us, or does not know us any more.
 var errNotRegistered = errors.New("the NRF does not know this instance")
 
-// Run registers, and sends heartbeats, until ctx ends; then it deregisters. An NRF that is away or has forgotten us is
-// asked again: no call of an AMF waits for it.
+// Run registers, and sends heartbeats until ctx ends; then it deregisters. If the NRF is away or has forgotten us, it
+// tries again. No call of an AMF waits for it.
 func (r *Registration) Run(ctx context.Context) {
 	registered, every := false, heartbeat
 	var last string // what was logged of an NRF that is away
@@ -117,7 +117,7 @@ func (r *Registration) pause() time.Duration {
 	return retry
 }
 
-// register gives how often the NRF wants a heartbeat: at two thirds of that time there is one.
+// register gives how often the NRF wants a heartbeat. We send one after two thirds of that time.
 func (r *Registration) register(ctx context.Context) (time.Duration, error) {
 	profile, err := r.profile()
 	if err != nil {

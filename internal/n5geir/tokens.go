@@ -77,7 +77,7 @@ func parseKey(block *pem.Block) (key any, err error) {
 	return nil, fmt.Errorf("a %s of the NRF's keys is neither ECDSA on P-256 nor RSA of 2048 bits or more", block.Type)
 }
 
-// check refuses a request without a token that is good here, and gives why, which is for the log alone.
+// check refuses a request without a valid token. why is for the log only.
 func (t *Tokens) check(h http.Header) (*problem, error) {
 	if t == nil {
 		return nil, nil
@@ -110,7 +110,7 @@ type claims struct {
 	ProducerNfServiceSetID string `json:"producerNfServiceSetId"`
 }
 
-// claims gives those of a token that the NRF has made, for us or for all of our kind, and that is valid now.
+// claims gives the claims of a token that is valid now, made by the NRF, and for us or for all EIRs.
 func (t *Tokens) claims(token string) (c claims, err error) {
 	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256, jose.RS256})
 	if err != nil {

@@ -1,5 +1,4 @@
-// Package panics makes errors of panics where nobody else would stop them: on a goroutine of ours, a panic ends the
-// process.
+// Package panics turns panics into errors on goroutines where a panic would end the process.
 package panics
 
 import (

@@ -18,7 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
-// A DB is one that is open. Its own methods read.
+// A DB is an open database. Its own methods read.
 type DB struct {
 	*sql.DB
 	hosts int // that its connection string names
@@ -51,7 +51,7 @@ func Look(ctx context.Context, name string, schema sqlconn.Schema) (number int, 
 	return number, errors.Join(err, db.Close())
 }
 
-// reached says of an error that there is no connection what to do.
+// reached adds to an error of connecting what to do about it.
 func reached(err error) error {
 	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "3D000" { // invalid_catalog_name
 		return usage.Errorf("its server has no such database: make it (createdb), and its tables (keysvc store "+
@@ -64,11 +64,11 @@ func reached(err error) error {
 		"string has the right host, database, role and password (PGPASSFILE): %w", err)
 }
 
-// parse gives what a connection string says, with what the environment adds to it (PGHOST, PGSSLMODE, PGSERVICE, ...),
-// and how many hosts it names. What is wrong with it is wrong usage.
+// parse parses a connection string, with what the environment adds (PGHOST, PGSSLMODE, PGSERVICE, ...), and says how
+// many hosts it names. Its errors are wrong usage.
 //
-// Each host that it may come to is on this machine, or proves by TLS that it has the name by which it is called: a
-// server that somebody else put in its place would be told every sealed KME, and asked for them.
+// Each host must be on this machine, or prove its name by TLS: another server in its place would be sent every sealed
+// KME, and asked for them.
 func parse(name string) (config *pgx.ConnConfig, hosts int, err error) {
 	config, err = pgx.ParseConfig(name)
 	if err != nil {
@@ -122,11 +122,11 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 	})), hosts: hosts}, nil
 }
 
-// ready has a new connection read by an index where it can, and refuses a server that confirms what it could still
-// forget: after a failover, it is another one; and one whose tables have been changed meanwhile to what this program
-// cannot work with: see nobodyBelow, which sees only programs that are connected. (A plan is made when a connection
-// uses a statement first, and that of an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry
-// of a chain.)
+// ready prepares a new connection, which may be to another server after a failover. It refuses a server that confirms
+// what it could still forget, and one whose tables have a schema by now that this program cannot work with: nobodyBelow
+// sees only programs that are connected. It makes statements use an index: the plan is made when a connection first
+// uses a statement, and the plan for an empty table, by bitmaps, reads a sixteenth of a ledger to find the last entry
+// of a chain.
 func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 	for _, setting := range []string{"fsync", "synchronous_commit", "full_page_writes"} {
 		var value, plans string
@@ -148,8 +148,8 @@ func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 // couldLose begins a sentence of Unsynchronised.
 const couldLose = "the store could lose what was confirmed last when its server is lost: "
 
-// Unsynchronised says what is wrong with a server's standbys; nothing if there are none, or what is confirmed is on the
-// disk of one too.
+// Unsynchronised says what is wrong with a server's standbys: nothing if there are none, or if all that is confirmed is
+// also on the disk of one.
 func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
 	var standbys int
 	var names, commit string
@@ -213,7 +213,7 @@ func confirmed(conn *pgconn.PgConn) error {
 	return fmt.Errorf("PostgreSQL has warned of the commit: %s", n.Message)
 }
 
-// lock has no other instance change anything until the transaction ends.
+// lock keeps all other instances from changes until the transaction ends.
 const lock = "SELECT pg_advisory_xact_lock(hashtextextended('kmehsm', 0))"
 
 // dialect turns a migration into PostgreSQL's dialect. Texts are compared byte by byte, as SQLite does.
@@ -244,7 +244,7 @@ func Number(ctx context.Context, q interface {
 	return schemaNumber(func(to any, text string) error { return q.QueryRowContext(ctx, text).Scan(to) })
 }
 
-// schemaNumber is Number, by what reads one value, on a connection of either library.
+// schemaNumber is Number for a connection of either library: read reads one value.
 func schemaNumber(read func(to any, text string) error) (have int, err error) {
 	var there bool
 	err = read(&there, "SELECT to_regclass('schema_version') IS NOT NULL")
@@ -325,7 +325,7 @@ func migrate(ctx context.Context, tx *sql.Tx, schema sqlconn.Schema) error {
 // application names a connection by the version of the schema that its program knows.
 const application = "kmehsm, schema %d"
 
-// A connectedError says that a program is connected that does not know the schema to be.
+// A connectedError says that a program is connected that does not know the new schema.
 type connectedError struct{ where, role string }
 
 func (e connectedError) Error() string {

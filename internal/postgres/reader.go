@@ -24,7 +24,7 @@ type Reader struct {
 	ended   sync.WaitGroup
 }
 
-// A read is one that is to be made.
+// A read is a statement that waits to be sent.
 type read struct {
 	each func(scan func(...any) error) error
 	text string
@@ -48,8 +48,8 @@ func (r *Reader) Close() {
 	r.ended.Wait()
 }
 
-// Each calls f for every row, as sqlconn.Statements wants it. What has been sent is waited for, whatever the context,
-// but no longer than patience.
+// Each calls f for every row: see sqlconn.Statements. It waits for a statement that was sent even if the context ends,
+// for patience at most.
 func (r *Reader) Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error {
 	q := &read{each: f, text: text, args: args, done: make(chan error, 1)}
 	select {
@@ -90,7 +90,7 @@ func (r *Reader) run() {
 	}
 }
 
-// send answers statements up to the first that fails, and gives the others.
+// send sends statements, answers those up to the first that fails, and returns the others.
 func (r *Reader) send(all []*read) (rest []*read) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -125,7 +125,7 @@ func (r *Reader) send(all []*read) (rest []*read) {
 	return nil
 }
 
-// read gives all rows to whoever waits for them, and says whether it gave any. A panic is an error.
+// read hands all rows to the caller that waits for them, and says whether there were any. A panic is an error.
 func (q *read) read(rows pgx.Rows) (given bool, err error) {
 	defer panics.Recover(&err)
 	err = each(rows, func(scan func(...any) error) error {
@@ -147,8 +147,8 @@ func each(rows pgx.Rows, f func(scan func(...any) error) error) error {
 	return rows.Err()
 }
 
-// again does something once more when the connection for it was lost before it had an effect: after a failover, each
-// that is open is.
+// again repeats an operation once if its connection was lost before it had an effect: after a failover, all open
+// connections are lost.
 func (db *DB) again(ctx context.Context, f func() (lost bool, err error)) error {
 	for open := db.Stats().OpenConnections; ; open-- {
 		if lost, err := f(); err == nil || !lost || open <= 0 || ctx.Err() != nil {
@@ -157,7 +157,7 @@ func (db *DB) again(ctx context.Context, f func() (lost bool, err error)) error 
 	}
 }
 
-// raw uses a connection by what database/sql does not have.
+// raw uses a connection without database/sql, for what that cannot do.
 func (db *DB) raw(ctx context.Context, f func(*pgx.Conn) error) error {
 	conn, err := db.Conn(ctx)
 	if err != nil {

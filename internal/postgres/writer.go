@@ -22,8 +22,8 @@ type Writer[S any] struct {
 	db *DB
 }
 
-// NewWriter makes the writer of a database. S is what the changes of one transaction know of it in common: it begins
-// as its zero value, and what a change that is undone has set there is undone too.
+// NewWriter makes the writer of a database. S is the state that the changes of one transaction share. It begins as its
+// zero value; if a change is undone, what it has set there is undone, too.
 func NewWriter[S any](db *DB) *Writer[S] {
 	w := &Writer[S]{db: db}
 	w.Writer = groupcommit.New(w.try)
@@ -33,12 +33,12 @@ func NewWriter[S any](db *DB) *Writer[S] {
 const (
 	// patience bounds a transaction.
 	patience = 5 * time.Second
-	// pause is how long the server waits in one for its instance: an instance that hangs, or whose network is cut,
-	// keeps others from their changes for no longer. Callers have less time than patience.
+	// pause is how long the server waits for its instance within a transaction. So an instance that hangs, or whose
+	// network is cut, blocks the changes of others no longer than that. Callers have less time than patience.
 	pause = time.Second
 )
 
-// try makes changes as groupcommit wants it.
+// try makes changes: see groupcommit.New.
 func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (results []error, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
@@ -58,7 +58,7 @@ func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (result
 	return results, err
 }
 
-// A transaction of changes.
+// A transaction is one of changes.
 type transaction[S any] struct {
 	ctx     context.Context
 	conn    *pgx.Conn
@@ -69,7 +69,8 @@ type transaction[S any] struct {
 	results []error
 }
 
-// send sends what is queued, and has each change go on that waits for a result. An error ends the transaction.
+// send sends the queued statements, and lets each change continue that waits for a result. An error ends the
+// transaction.
 func (t *transaction[S]) send() error {
 	queue := t.unqueue()
 	return t.conn.SendBatch(t.ctx, &queue).Close()
@@ -125,7 +126,7 @@ func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) er
 	return confirmed(t.conn.PgConn())
 }
 
-// sideBySide makes changes that each have a key of their own. It fails if one of them has, and has changed something.
+// sideBySide makes changes with different keys. It fails if one of them fails after it has changed something.
 func (t *transaction[S]) sideBySide(changes []*groupcommit.Change[*Tx[S]], results []error) error {
 	all := make([]*Tx[S], len(changes))
 	for i, c := range changes {
@@ -206,7 +207,7 @@ func (tx *Tx[S]) awaits(read func(pgx.BatchResults) error, text string, args []a
 	return tx.err
 }
 
-// Do does not wait for the statement: if that fails, the transaction does.
+// Do does not wait for the statement. If that fails, the transaction fails.
 func (tx *Tx[S]) Do(_ context.Context, text string, args ...any) error {
 	tx.wrote = true
 	tx.of.queue.Queue(text, args...)
@@ -239,7 +240,7 @@ func (tx *Tx[S]) Each(_ context.Context, f func(scan func(...any) error) error, 
 	return err
 }
 
-// scan gives numbers in an any as database/sql does.
+// scan gives a number in an any the type that database/sql gives it.
 func scan(rows pgx.Rows, to []any) error {
 	if err := rows.Scan(to...); err != nil {
 		return err

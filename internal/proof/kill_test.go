@@ -106,8 +106,8 @@ func TestKilledWhilePublishingToVault(t *testing.T) {
 }
 
 // tokenFiles gives what brings back a token's own file, if a process was killed that was writing it: SoftHSM 2.6.1
-// truncates it and writes it anew at each login, so that a process that is killed between the two leaves no token. An HSM does not
-// do that.
+// truncates it and writes it anew at each login, so that a process that is killed between the two leaves no token. An
+// HSM does not do that.
 func (w *world) tokenFiles() (mend func()) {
 	w.t.Helper()
 	files := must.Get[[]string](w.t)(filepath.Glob(w.path("softhsm/tokens/*/token.object")))

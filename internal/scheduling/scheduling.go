@@ -1,5 +1,4 @@
-// Package scheduling fits a process to its work: calls of a module that compute in it for long, and
-// everything else, which is short.
+// Package scheduling adapts a process to its work: long calculations in a module, and short tasks.
 package scheduling
 
 import (
@@ -7,16 +6,16 @@ import (
 	"runtime"
 )
 
-// ForCalls is for after the module was opened: n calls of it may be under way at a time.
+// ForCalls prepares the process for n calls of a module at a time. Call it after the module was opened.
 //
-// Each call holds one of the processors of Go's scheduler. When they hold all, they are taken away from them
-// behind their backs, and threads stop and start with each call: so there are some for the calls besides.
-// GOMAXPROCS in the environment stands.
+// Each call holds one of the processors of Go's scheduler. If calls hold all, Go takes processors away from them, and
+// threads stop and start with each call: so there are more processors for the calls. GOMAXPROCS in the environment
+// overrides this.
 //
-// And the threads queue for a core when they wake, instead of taking it from another (SCHED_BATCH of sched(7)): a
-// request that comes in does not stop a private-key operation half-way, whose caches would have to be filled again. On
-// idle cores that changes nothing. A policy that the process was started with stays. The error is the kernel's, if it
-// refuses; everything works without.
+// Threads that wake queue for a core, instead of taking it from another thread (SCHED_BATCH of sched(7)). So a new
+// request does not interrupt a private-key operation, which would have to fill its caches again. On idle cores that
+// changes nothing. If the process was started with another policy, that stays. The error is the kernel's refusal;
+// everything works without.
 func ForCalls(n int) error {
 	if cores := runtime.GOMAXPROCS(0); os.Getenv("GOMAXPROCS") == "" {
 		// more of them are on their way to an HSM elsewhere, and leave the cores alone

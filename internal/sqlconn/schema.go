@@ -2,7 +2,7 @@ package sqlconn
 
 import "fmt"
 
-// A Schema is what a program knows of a database's tables.
+// A Schema is what a program knows about a database's tables.
 type Schema struct {
 	// Migrations make an empty database what the program knows, one after the other. The version of a schema is how
 	// many they are. One that was released is never changed.
@@ -12,18 +12,18 @@ type Schema struct {
 	Least int
 }
 
-// First is a schema of which there is one version.
+// First makes a schema that has one version.
 func First(migration string) Schema { return Schema{Migrations: []string{migration}, Least: 1} }
 
 // leasts is above any version. A database has version and least in one number, as SQLite's user_version is one: 2003
 // is version 3, for programs that know version 2 at least.
 const leasts = 1000
 
-// Number is what a database is marked with that has this schema.
+// Number marks a database that has this schema.
 func (s Schema) Number() int { return s.Least*leasts + len(s.Migrations) }
 
-// Lacks gives the migrations that a database lacks which is marked with a number, none if it has a later schema; and an
-// error if the program cannot work with it.
+// Lacks gives the migrations that a database with a number lacks: none if it has a later schema. It fails if the
+// program cannot work with it.
 func (s Schema) Lacks(number int) ([]string, error) {
 	have, least := number%leasts, number/leasts
 	if number < 0 {
@@ -38,7 +38,7 @@ func (s Schema) Lacks(number int) ([]string, error) {
 	return s.Migrations[min(have, len(s.Migrations)):], nil
 }
 
-// Newer gives the version of a database that is marked with a number, if the program knows only lower ones; else 0.
+// Newer gives the version of a database with a number, if the program knows only lower ones; else 0.
 func (s Schema) Newer(number int) int {
 	if have := number % leasts; have > len(s.Migrations) {
 		return have

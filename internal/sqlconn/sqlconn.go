@@ -1,4 +1,4 @@
-// Package sqlconn has the errors of a database name what was being done.
+// Package sqlconn runs SQL statements. Their errors name the operation.
 package sqlconn
 
 import (
@@ -22,7 +22,7 @@ type Statements interface {
 	Each(ctx context.Context, f func(scan func(...any) error) error, text string, args ...any) error
 }
 
-// Named names an error of the database that no method has seen, as that of a commit.
+// Named names an error that comes from no method, such as that of a commit.
 func (c Conn) Named(err error) error {
 	if err == nil {
 		return nil

@@ -18,11 +18,10 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
-// Backup copies the database at from, as it is at one moment, to the file to, for its owner only. Others may change the
-// database meanwhile. check looks at the copy before that takes the place of what was at to: when Backup fails, that is
-// as it was. It replaces an earlier backup, and nothing else. A process that is killed meanwhile leaves a folder beside
-// to, which the next backup to that file removes. report is called with the pages copied so far, and with how many
-// there are.
+// Backup copies the state that the database at from has at one moment to the file to, for its owner only. Others may
+// change the database meanwhile. It replaces an earlier backup, and nothing else, after check has accepted the copy; if
+// Backup fails, to is as before. A process that is killed meanwhile leaves a folder beside to, which the next backup to
+// that file removes. report is called with the pages copied so far, and with how many there are.
 func Backup(
 	ctx context.Context, from, to string, report func(pages, of int), check func(copied string) error,
 ) (err error) {
@@ -65,8 +64,8 @@ func Backup(
 	return durable.SyncDir(filepath.Dir(to))
 }
 
-// replaceable fails unless the file to is an earlier backup of the database at from, that is, has no other tables than
-// that, and nobody has it open. An empty file has none.
+// replaceable fails unless the file to is an earlier backup of the database at from: it has no tables that from does
+// not have, and no process has it open. An empty file has no tables.
 func replaceable(ctx context.Context, from, to string) error {
 	if _, err := os.Stat(to + "-wal"); err == nil {
 		return fmt.Errorf("%s is a database that is in use: name another file with --out", to)
@@ -90,8 +89,8 @@ func replaceable(ctx context.Context, from, to string) error {
 	return err
 }
 
-// workFolder gives an empty folder beside a file, for this process alone. One that a process has left which was killed
-// is emptied first: only this user can have made it.
+// workFolder gives an empty folder beside a file, for this process alone. If a killed process has left one, it is
+// emptied first: only this user can have made it.
 func workFolder(to string) (folder string, remove func() error, err error) {
 	folder = filepath.Join(filepath.Dir(to), ".backup-"+filepath.Base(to))
 	if err := os.Mkdir(folder, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
@@ -125,7 +124,7 @@ func workFolder(to string) (folder string, remove func() error, err error) {
 	return folder, remove, nil
 }
 
-// isPart says whether SQLite has, or may make, a file of the database at from by the name of to.
+// isPart says whether to is a file of the database at from, or one that SQLite may make for it.
 func isPart(from, to string) bool {
 	real, err := filepath.EvalSymlinks(from)
 	if err != nil {
@@ -146,7 +145,7 @@ func syncFile(path string) error {
 	return errors.Join(f.Sync(), f.Close())
 }
 
-// together is how many pages are copied before the context is looked at again.
+// together is how many pages are copied between two checks of the context.
 const together = 1000
 
 // copyAll copies a database to an empty file. Its transaction holds the state of one moment: a copy without one begins

@@ -48,7 +48,7 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 		return nil, nil, err
 	}
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
-	// Whoever finds another in the switch to WAL is told SQLITE_BUSY at once, whatever the busy timeout.
+	// While another process switches to WAL, SQLite returns SQLITE_BUSY at once, whatever the busy timeout.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		var busy sqlite3.Error
 		if err = migrate(ctx, db, schema); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy ||
@@ -74,9 +74,9 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 	return read, write, nil
 }
 
-// newWriter prepares the statements of a Writer that is not begun yet.
+// newWriter prepares the statements of a Writer, which does not run yet.
 func newWriter(ctx context.Context, db *sql.DB, schema sqlconn.Schema) (w *Writer, err error) {
-	// Pages that change again before a checkpoint are written to their place once.
+	// With fewer checkpoints, a page that changes several times is written to its place once.
 	if _, err := db.ExecContext(ctx, "PRAGMA wal_autocheckpoint = 4000"); err != nil {
 		return nil, fmt.Errorf("set how often pages are written to their place: %w", err)
 	}
@@ -92,8 +92,8 @@ func newWriter(ctx context.Context, db *sql.DB, schema sqlconn.Schema) (w *Write
 	return w, nil
 }
 
-// writable fails if the folder of a database cannot be written to, which SQLite needs even to read, for its log, and
-// says nothing of.
+// writable fails if the folder of a database cannot be written to. SQLite needs that for its log, even to read, and its
+// error does not say so.
 func writable(path string) error {
 	dir := filepath.Dir(path)
 	if err := unix.Access(dir, unix.W_OK); err != nil && !errors.Is(err, unix.ENOENT) {
@@ -104,8 +104,8 @@ func writable(path string) error {
 
 var creating sync.Mutex
 
-// create makes the file, and leaves one that is there alone: closing a file takes away every lock that the process has
-// on it, SQLite's too (https://www.sqlite.org/howtocorrupt.html, 2.2).
+// create makes the file, and does not open one that exists: closing a file releases every lock that the process has on
+// it, SQLite's too (https://www.sqlite.org/howtocorrupt.html, 2.2).
 func create(path string) error {
 	creating.Lock()
 	defer creating.Unlock()
@@ -149,7 +149,7 @@ func Number(ctx context.Context, q interface {
 	return number, q.QueryRowContext(ctx, "PRAGMA user_version").Scan(&number)
 }
 
-// Look gives the number of the schema of the database at path, which is there, and changes nothing; 0 if it has none.
+// Look gives the number of the schema of an existing database, 0 if it has none, and changes nothing.
 func Look(ctx context.Context, path string) (number int, err error) {
 	if err := writable(path); err != nil {
 		return 0, err
@@ -164,8 +164,8 @@ func Look(ctx context.Context, path string) (number int, err error) {
 	return number, err
 }
 
-// A Writer makes changes: see groupcommit. They share one sync of the disk too. An error of the database does not name
-// the operation: that is what its caller knows.
+// A Writer makes changes: see groupcommit. Changes share a sync of the disk, too. Its errors do not name the operation:
+// its caller does.
 type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]
 	db     *sql.DB
@@ -200,7 +200,7 @@ func (w *Writer) Close() error {
 	return w.db.Close()
 }
 
-// try makes changes as groupcommit wants it. A savepoint copies each page that is changed behind it.
+// try makes changes: see groupcommit.New. A savepoint costs a copy of each page that is changed after it.
 func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (results []error, err error) {
 	whole := false
 	defer func() {
@@ -262,8 +262,8 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 	return results, err
 }
 
-// InPlace is an error if somebody has renamed or removed the database's file: SQLite goes on with it, although nobody
-// finds it again.
+// InPlace fails if somebody has renamed or removed the database's file: SQLite would go on with a file that nobody
+// finds again.
 func (w *Writer) InPlace() error {
 	if now, err := os.Stat(w.path); err == nil && os.SameFile(now, w.file) {
 		return nil

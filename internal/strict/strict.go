@@ -1,5 +1,5 @@
-// Package strict reads what others have written: JSON that is one document without an unknown field, base64url as JOSE
-// has it, a reason of one line.
+// Package strict reads input of others: JSON as one document without unknown fields, base64url in the form of JOSE, and
+// a reason of one line.
 package strict
 
 import (

@@ -48,7 +48,7 @@ const (
 	last       = 5 * time.Second // for what waits when Run ends
 )
 
-// A Sender sends events in their order, beside whoever has them: none waits for it.
+// A Sender sends events in order, in the background: no caller waits for it.
 type Sender struct {
 	o      Options
 	queue  chan event
@@ -67,7 +67,7 @@ type event struct {
 	Data            any       `json:"data"`
 }
 
-// CheckURL refuses what is no address of a webhook: https, or http to this machine.
+// CheckURL refuses a URL that a webhook must not have. It may have https, or http to this machine.
 func CheckURL(text string) error {
 	u, err := url.Parse(text)
 	if err == nil {
@@ -116,7 +116,7 @@ func New(o Options) *Sender {
 	return s
 }
 
-// Send has an event sent. It does not wait.
+// Send queues an event. It does not wait.
 func (s *Sender) Send(kind, subject string, data any) {
 	e := event{SpecVersion: "1.0", ID: rand.Text(), Source: s.o.Source, Type: kind, Subject: subject,
 		Time: time.Now().UTC(), DataContentType: "application/json", Data: data}
@@ -127,13 +127,13 @@ func (s *Sender) Send(kind, subject string, data any) {
 	}
 }
 
-// dropped counts events that nobody will get.
+// dropped counts events that are not sent.
 func (s *Sender) dropped(n int, why error) {
 	s.events.WithLabelValues("dropped").Add(float64(n))
 	s.o.Log.Error("events for the webhook were dropped", "events", n, "cause", why.Error())
 }
 
-// Run sends until ctx ends. What waits then is tried once more.
+// Run sends until ctx ends. Then it tries the waiting events once more.
 func (s *Sender) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		select {
@@ -152,7 +152,7 @@ func (s *Sender) Run(ctx context.Context) {
 	}
 }
 
-// deliver tries until the event is accepted, given up, or ctx ends.
+// deliver tries until the event is accepted or given up, or ctx ends.
 func (s *Sender) deliver(ctx context.Context, e event) {
 	for pause := s.o.Pause; ; pause = min(2*pause, maxPause) {
 		err := s.try(context.WithoutCancel(ctx), e)
