@@ -45,7 +45,7 @@ func audit(c *cli.Context) error {
 	})
 }
 
-// noLots says of a new line what it has no list of.
+// noLots says that a new line has no lots yet.
 func noLots(c *cli.Context) {
 	fmt.Fprintln(c.App.ErrWriter, "no lots yet: factory lot create makes one")
 }

@@ -16,7 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
-// officerFlags are those of the commands that log in as the security officer, and the command's own.
+// officerFlags are the flags of commands that log in as the security officer, and a command's own.
 func officerFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag}, own, []cli.Flag{
 		&cli.StringFlag{Name: "so-pin-source",
@@ -29,14 +29,14 @@ func officerFlags(own ...cli.Flag) []cli.Flag {
 	})
 }
 
-// enrolFlags are those of the commands that make a key as the security officer, and the command's own.
+// enrolFlags are the flags of commands that make a key as the security officer, and a command's own.
 func enrolFlags(key string, own ...cli.Flag) []cli.Flag {
 	return officerFlags(append(own, &cli.IntFlag{Name: "generation", Usage: "of the " + key +
 		", `N`: one more than the newest rotates it, an earlier one is for what was wrapped under it (default: the " +
 		"newest)"}, outFileFlag)...)
 }
 
-// ceremony holds one, and gives the path of its minutes.
+// ceremony holds a ceremony, and gives the path of its minutes.
 func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act) (minutes string, err error) {
 	officer := custody.Officer{Source: c.String("so-pin-source"), Shares: c.StringSlice("so-share")}
 	if officer.Source != "" && len(officer.Shares) > 0 {
@@ -64,7 +64,7 @@ func ceremony(c *cli.Context, name string, basis custody.Basis, act factory.Act)
 // enroll holds the ceremony of an enrolment, and writes the file for the other party.
 func enroll(c *cli.Context, name string, f func(officer hsmkeys.PIN) (*factory.Enrolled, error),
 	say func(*factory.Enrolled) (result map[string]any, text string)) error {
-	// Before anybody is asked for shares, and a key is made.
+	// This comes before anybody is asked for shares, and before a key is made.
 	if err := durable.CheckNew(c.String("out")); err != nil {
 		return err
 	}

@@ -20,7 +20,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
-// lineFlags are those of the commands that work on lots, and the command's own.
+// lineFlags are the flags of commands that work on lots, and a command's own.
 func lineFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat([]cli.Flag{cmdline.Token}, cmdline.DirectoryFlags(), []cli.Flag{stateFlag}, own,
 		[]cli.Flag{cmdline.JSON})
@@ -47,7 +47,7 @@ func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error
 	})
 }
 
-// withToken runs f with the line's token, and puts down in the audit log who did what with it.
+// withToken runs f with the line's token, and notes in the audit log who did what with it.
 func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 	if err := cmdline.CheckState(c); err != nil {
 		return err
@@ -60,12 +60,12 @@ func withToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 	})
 }
 
-// withAnyToken runs f with a token, whosever it is.
+// withAnyToken runs f with a token, which may be another line's.
 func withAnyToken(c *cli.Context, f func(*hsmkeys.FactoryToken) error) error {
 	return factory.WithToken(c.Context, c.String("token"), f)
 }
 
-// recorded runs f, and puts that down in the audit log.
+// recorded runs f, and notes that in the audit log.
 func recorded(c *cli.Context, token *hsmkeys.FactoryToken, f func(*hsmkeys.FactoryToken) error) error {
 	if err := durable.CheckOwner("factory", c.String("state")); err != nil {
 		return err
@@ -113,7 +113,7 @@ func writeOut(c *cli.Context, data []byte, result map[string]any, format string,
 	return printOut(c, "wrote", result, format, args...)
 }
 
-// printOut says what became of the file for another party.
+// printOut says what was done with the file for another party.
 func printOut(c *cli.Context, did string, result map[string]any, format string, args ...any) error {
 	result["out"] = c.String("out")
 	return cmdline.Printf(c, result, "%s %s: %s\n", did, c.String("out"), fmt.Sprintf(format, args...))

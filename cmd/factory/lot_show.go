@@ -17,7 +17,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/terminal"
 )
 
-// overviewFlags are those of the commands that look at lots without a token, and the command's own.
+// overviewFlags are the flags of commands that look at lots without a token, and a command's own.
 func overviewFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag}, own,
 		[]cli.Flag{cmdline.JSON})
@@ -48,7 +48,7 @@ func oneLot(c *cli.Context) (*overview.Overview, *overview.LotState, error) {
 	return o, s, err
 }
 
-// warn tells of a lot that has no list of revoked devices. It is shown all the same.
+// warn warns of a lot that has no list of revoked devices.
 func warn(c *cli.Context, s *overview.LotState) {
 	if s.NoList != "" {
 		fmt.Fprintf(c.App.ErrWriter, "warning: lot %s: %s\n", s.Lot, s.NoList)
@@ -89,7 +89,7 @@ func lotList(c *cli.Context) error {
 	})
 }
 
-// askToken has the token say whether it has a lot's key, and whether that is sealed.
+// askToken asks the token whether it has a lot's key, and whether that is sealed.
 func askToken(c *cli.Context, s *overview.LotState) (where string, err error) {
 	err = withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		sealed, err := line.Sealed(c.Context, s.Lot)

@@ -82,7 +82,8 @@ func stationServe(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	// Without a certificate one sees the wall screen, status, metrics and health: counts, and what each station holds.
+	// A client without a certificate gets only the wall screen, status, metrics and health: counts, and what each
+	// station holds.
 	secure, err := config.ServerTLS(c.String("tls-certificate"), c.String("tls-key"), c.String("client-ca"),
 		tls.VerifyClientCertIfGiven)
 	if err != nil {

@@ -85,7 +85,7 @@ func initLine(c *cli.Context) error {
 	})
 }
 
-// doctor looks at whatever token there is, before factory init too. In the line's own folder it goes on record.
+// doctor examines any token, also before factory init. In the line's own folder, the audit log notes it.
 func doctor(c *cli.Context) error {
 	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
 		if state(c).Check(token) != nil {

@@ -116,7 +116,7 @@ type stateValue struct {
 
 func (v *stateValue) String() string { return cmp.Or(v.folder, stateFlag.Value) }
 
-// Get is the folder, if one was given: else the configuration's holds.
+// Get is the folder, if one was given; otherwise the configuration's is used.
 func (v *stateValue) Get() any { return v.folder }
 
 func (v *stateValue) Set(text string) error {
@@ -136,7 +136,7 @@ func (v *stateValue) Set(text string) error {
 	return nil
 }
 
-// listFlags are storeFlags with that --state.
+// listFlags are storeFlags with a --state that has a stateValue.
 func listFlags(own ...cli.Flag) []cli.Flag {
 	flags := storeFlags(own...)
 	at := slices.Index(flags, cli.Flag(stateFlag))

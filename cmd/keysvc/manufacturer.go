@@ -90,7 +90,7 @@ func manufacturerList(c *cli.Context) error {
 	})
 }
 
-// verdict is the caller's own, with the reason of --reason.
+// verdict makes a verdict of this user, with the reason of --reason.
 func verdict(c *cli.Context, withdrawn bool) (registry.Verdict, error) {
 	v, err := imports.NewVerdict(withdrawn, who.Name(), c.String("reason"))
 	if err != nil {
@@ -131,7 +131,7 @@ func decide(
 	}
 }
 
-// printVerdict also says what is bound.
+// printVerdict prints a verdict, and how many bindings stay.
 func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot string, v registry.Verdict) error {
 	bound, err := store.Bound(c.Context, manufacturer, lot, time.Now())
 	if err != nil {
@@ -152,7 +152,7 @@ func printVerdict(c *cli.Context, store *sqlstore.Store, what, manufacturer, lot
 	})
 }
 
-// readJWS reads a file that a manufacturer has signed, which may have come by a way that puts a line break behind it.
+// readJWS reads a file that a manufacturer has signed. Whatever has carried it may have added a line break.
 func readJWS(path string) ([]byte, error) {
 	data, err := durable.ReadFile(path)
 	return bytes.TrimSpace(data), err

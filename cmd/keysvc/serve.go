@@ -10,13 +10,13 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
 )
 
-// serviceFlags are those of the commands that want the whole configuration.
+// serviceFlags are the flags of commands that need the whole configuration.
 func serviceFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat([]cli.Flag{configuration.Flag(), cmdline.Token, stateFlag, storeFlag},
 		cmdline.DirectoryFlags(), own)
 }
 
-// source is the whole configuration, which there must be.
+// source names the whole configuration, and fails if there is none.
 func source(c *cli.Context) (s settings.Source, err error) {
 	if s.Path, err = configuration.Require(c, "keysvc serve"); err != nil {
 		return s, err

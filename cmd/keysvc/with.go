@@ -29,19 +29,20 @@ func withToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
 	return operator.WithToken(c.Context, c.String("token"), f)
 }
 
-// withStore runs f with the store, which must not be rolled back. What f does is the command's in the ledger.
+// withStore runs f with the store, which must not be rolled back. The ledger names the command as the actor of what f
+// does.
 func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error { return useStore(c, token, f) })
 }
 
-// withTokenAndStore is withStore for what changes the token that --token names.
+// withTokenAndStore is withStore for commands that change the token of --token.
 func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
 	})
 }
 
-// withStoreToken runs f with the token that the store's rows have their MACs from.
+// withStoreToken runs f with the token that makes the MACs of the store's rows.
 func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
 	uri, err := operator.StoreToken(c.String("state"), c.String("token"))
 	if err != nil {
@@ -56,7 +57,7 @@ func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Sto
 	return operator.UseStore(c.Context, token, storeName(c), f)
 }
 
-// withAnyStore runs f with the store, whatever state that is in.
+// withAnyStore runs f with the store, also if that is rolled back or damaged.
 func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
 	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
 		store, err := operator.OpenStore(c.Context, token, storeName(c))
@@ -67,7 +68,7 @@ func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store
 	})
 }
 
-// asCommand has what is done from now on stand as the command's in the ledger.
+// asCommand makes the command the actor of later entries of the ledger.
 func asCommand(c *cli.Context) {
 	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
 }

@@ -151,7 +151,7 @@ func payload(c *cli.Context) error {
 	return print(c, map[string]any{"imei": d.IMEI, "lot": d.Lot(), "payload": m.Payload, "nw_sig": nwSig[:]}, nil)
 }
 
-// print prints a result, and fails as what gave it did.
+// print prints a result, and returns the failure of the run that gave it.
 func print(c *cli.Context, v any, failure error) error {
 	if failure != nil {
 		failure = cmdline.Said(failure)
@@ -241,7 +241,7 @@ func connectionRemedy(err error) string {
 	return "see that the service runs, and that --cert is of its client_ca, and not expired"
 }
 
-// newRun is one of the devices and the server that the flags name, whose subscriptions count on from imsi.
+// newRun makes a Run of the devices and the server that the flags name. Its subscriptions are imsi and the next ones.
 func newRun(c *cli.Context, imsi kme.IMSI) (run mesim.Run, err error) {
 	if err := cmdline.Require(c, "server"); err != nil {
 		return run, err

@@ -27,7 +27,7 @@ type Tamper string
 
 var tampers = []Tamper{"kme", "signature", "payload", "other-device", "other-lot", "replay"}
 
-// Check refuses what is no Tamper.
+// Check refuses an unknown Tamper.
 func (t Tamper) Check() error {
 	if t == "" || slices.Contains(tampers, t) {
 		return nil
@@ -73,8 +73,8 @@ type attaching struct {
 	times []time.Duration // guarded by mu: of EstablishKME
 }
 
-// Attach plays the whole flow with each device. It fails if a device did not meet with what it should have: also then
-// there is a result.
+// Attach plays the whole flow with each device. It fails if a device was not treated as it should be; also then there
+// is a result.
 func (r Run) Attach(ctx context.Context, tamper Tamper) (*AttachResult, error) {
 	result := &AttachResult{Rejected: map[string]int{}}
 	a := &attaching{Run: r, tamper: tamper}
@@ -171,7 +171,7 @@ func boundAlready(imsi kme.IMSI) error {
 	return fmt.Errorf("IMSI %s is bound already: choose others with --first-imsi", imsi)
 }
 
-// timed notes how long f takes.
+// timed measures how long f takes.
 func (a *attaching) timed(f func() error) error {
 	start := time.Now()
 	err := f()
@@ -241,7 +241,8 @@ func (a *attaching) play(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *M
 		return err
 	}
 
-	// The device activates the KME and gets a pre-processed vector: both sides hold one KME, or the RAND is lost.
+	// The device activates the KME and gets a pre-processed vector: it finds the RAND only if both sides have the same
+	// KME.
 	random = newRAND()
 	if prepared, err = a.Client.PrepareVector(ctx, imsi, a.Origin, random); err != nil {
 		return err
@@ -265,7 +266,7 @@ func newRAND() (b [aes.BlockSize]byte) {
 	return b
 }
 
-// imsiPlus counts on from an IMSI, in as many digits.
+// imsiPlus adds a number to an IMSI, and keeps its length.
 func imsiPlus(first kme.IMSI, n int) (kme.IMSI, error) {
 	digits := first.String()
 	v, err := strconv.ParseUint(digits, 10, 64)

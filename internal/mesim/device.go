@@ -13,7 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Message is what a device sends, and what it knows of it.
+// A Message is what a device sends, with the secrets that it knows.
 type Message struct {
 	Payload []byte
 	plain   kme.Plaintext
@@ -46,7 +46,7 @@ func (m *Message) encrypt(suite kme.Suite, lot *rsa.PublicKey) (err error) {
 	return err
 }
 
-// otherModulus is a key of the same length as a lot's, and not its.
+// otherModulus is another key than a lot's, of the same length.
 func otherModulus(l *lot) (*rsa.PublicKey, error) {
 	k, err := rsa.GenerateKey(rand.Reader, l.public.N.BitLen())
 	if err != nil {
@@ -55,7 +55,7 @@ func otherModulus(l *lot) (*rsa.PublicKey, error) {
 	return &k.PublicKey, nil
 }
 
-// check is the device's check of the network.
+// check is how the device checks the network.
 func (m *Message) check(nwSig [sha256.Size]byte) error {
 	want := m.plain.NWSig()
 	if subtle.ConstantTimeCompare(nwSig[:], want[:]) != 1 {

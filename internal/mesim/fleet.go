@@ -37,7 +37,7 @@ type lot struct {
 	public   *rsa.PublicKey
 }
 
-// A Device is what it would have in its secure memory after injection.
+// A Device has what a device has in its secure memory after injection.
 type Device struct {
 	IMEI kme.IMEI
 	key  crypto.Signer
@@ -140,13 +140,13 @@ func readPrivateKey(path string) (*rsa.PrivateKey, error) {
 	return k, nil
 }
 
-// A packaged device is its line in the package at path.
+// A packaged device has the device's line of the package at path.
 type packaged struct {
 	path string
 	handover.InjectionLine
 }
 
-// lines gives those of all packages in their order.
+// lines gives the lines of all packages, in order.
 func (f *Fleet) lines() iter.Seq2[packaged, error] {
 	return func(yield func(packaged, error) bool) {
 		for _, path := range f.packages {
@@ -171,7 +171,7 @@ func (f *Fleet) lines() iter.Seq2[packaged, error] {
 	}
 }
 
-// newest is what a device was issued last: the line of its shard's package, or of a package of its own.
+// newest gives the line of the key that a device was issued last, from its shard's package or from one of its own.
 func (f *Fleet) newest(dir string, line handover.InjectionLine) (handover.InjectionLine, error) {
 	if f.lots[line.Lot] == nil {
 		return line, fmt.Errorf("lot %s has no manifest.jws beside its packages", line.Lot)

@@ -54,7 +54,7 @@ type loadCall struct {
 	*Message
 }
 
-// A loading is a Run that makes one kind of call after another, each with all that it needs prepared before.
+// A loading is a Run that makes one kind of call after the other, with everything prepared before.
 type loading struct {
 	Run
 	next int // the first IMSI that has not been used
@@ -100,11 +100,11 @@ func (m *Measure) complete() error {
 	return nil
 }
 
-// rounds has rounds of prepared calls made until m is of rate calls a second during d; with 0, until it took d: each
+// rounds makes rounds of prepared calls until m has rate calls a second for the time d; with 0, until they took d. Each
 // round has a limit.
 func (r Run) rounds(ctx context.Context, m *Measure, d time.Duration, rate float64,
 	round func(l *loading, calls []*loadCall, limit time.Duration) error) error {
-	// What is measured goes first. A kernel that refuses has it measured a little slower than it is.
+	// The measured service gets the cores first. If the kernel refuses that, it is measured a little slower than it is.
 	_ = scheduling.ForCalls(0)
 	l := &loading{Run: r}
 	for {
@@ -174,8 +174,8 @@ func (l *loading) prepare(ctx context.Context, n int) ([]*loadCall, error) {
 	})
 }
 
-// each makes a call of all, or of those that can begin within the limit, and gives these. With a rate, each is made
-// when it is due, and timed from then on: a call that waits because an earlier one is slow waits too.
+// each makes all calls, or those that can begin within the limit, and gives these. With a rate, a call is made when it
+// is due, and timed from then on: so its time includes a wait for an earlier, slow one.
 func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate float64, limit time.Duration,
 	call func(*loadCall) error) (made []*loadCall, err error) {
 	times := make([]time.Duration, len(calls))

@@ -19,7 +19,7 @@ type History struct {
 	begun time.Time                    // since when it counts
 }
 
-// NewHistory begins one, from counters as they are now.
+// NewHistory begins a History, with the present values of the counters.
 func NewHistory(now time.Time, total map[string]float64) *History {
 	return &History{total: total, ring: map[string]*[minutes]float64{}, last: now.Unix() / 60, begun: now}
 }
@@ -46,15 +46,14 @@ func (h *History) Add(now time.Time, total map[string]float64) {
 	h.total = total
 }
 
-// A Series is what was counted of something in the last day, in steps that follow each other. The last one is not over.
+// A Series has the counts of one thing in the last day, in consecutive steps. The last step is not over.
 type Series struct {
 	Name  string
 	Steps []float64
 	Total float64
 }
 
-// Day gives each name's series in so many steps, which divide a day evenly. Those of which nothing was counted are
-// there too.
+// Day gives each name's series in so many steps, which divide a day evenly, also if nothing was counted.
 func (h *History) Day(steps int, names ...string) (all []Series) {
 	h.mu.Lock()
 	defer h.mu.Unlock()

@@ -1,5 +1,5 @@
-// Package operatorpage is a page for the people on duty: how the service stands, what it has refused in the last day,
-// and how one subscription or device stands, in words. It only reads, and needs no script.
+// Package operatorpage is a page for the people on duty: the state of the service, its refusals of the last day, and
+// the state of one subscription or device, in words. It only reads, and needs no script.
 package operatorpage
 
 import (
@@ -23,7 +23,7 @@ import (
 //go:embed page.html page.css
 var files embed.FS
 
-// Health is how a service stands at a time.
+// Health is the state of a service at one moment.
 type Health struct {
 	Problem      string   // why it is not ready; empty if it is
 	Warnings     []string // what it goes on without
@@ -76,7 +76,7 @@ type Lot struct {
 	Overdue                  string    // why there is no later one
 }
 
-// Options are a page's.
+// Options say what a page shows.
 type Options struct {
 	Service *binding.Service
 	Health  func(context.Context) Health // it is asked every few seconds at most
@@ -86,7 +86,7 @@ type Options struct {
 	Version string
 }
 
-// A page serves it.
+// A page serves the operator page.
 type page struct {
 	Options
 	mu    sync.Mutex
@@ -94,14 +94,14 @@ type page struct {
 	found time.Time // guarded by mu: when last was
 }
 
-// healthFor is how long an answer about health is given again.
+// healthFor is how long an answer about health is reused.
 const healthFor = 3 * time.Second
 
 // policy lets a browser load the page and its style, send its form back, and nothing else.
 const policy = "default-src 'none'; style-src 'self'; img-src data:; form-action 'self'; base-uri 'none'; " +
 	"frame-ancestors 'none'"
 
-// New gives the page's handler. Who may see it is for its caller.
+// New makes the page's handler. The caller decides who may see it.
 func New(o Options) http.Handler {
 	p := &page{Options: o}
 	mux := http.NewServeMux()
@@ -119,7 +119,7 @@ func New(o Options) http.Handler {
 	})
 }
 
-// health is how the service stands, found by one request at a time.
+// health gives the state of the service. One request at a time finds it out.
 func (p *page) health(ctx context.Context) (Health, time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -138,7 +138,7 @@ func (p *page) health(ctx context.Context) (Health, time.Time) {
 	return p.last, p.found
 }
 
-// soon is how many days before its end a certificate is a warning.
+// soon is how many days before its end a certificate causes a warning.
 const soon = 30
 
 func daysLeft(t time.Time) int { return int(math.Floor(time.Until(t).Hours() / 24)) }
@@ -156,7 +156,7 @@ func left(t time.Time) string {
 	}
 }
 
-// A found is what was looked up.
+// A found is the answer to a search.
 type found struct {
 	Asked        string
 	Error        string // instead of all that follows
@@ -256,7 +256,7 @@ func (p *page) serve(w http.ResponseWriter, r *http.Request) {
 	w.Write(out.Bytes())
 }
 
-// An hour is a row of the table that says what the plots show.
+// An hour is a row of the table with the figures of the plots.
 type hour struct {
 	Begins time.Time
 	Counts []float64
@@ -386,7 +386,7 @@ var parsed = template.Must(template.New("page.html").Funcs(template.FuncMap{
 	},
 }).ParseFS(files, "page.html"))
 
-// number shows one with a space between thousands.
+// number writes a number with spaces between thousands.
 func number[N int | int64 | float64](n N) string {
 	digits := fmt.Sprintf("%.0f", float64(n))
 	var out []byte

@@ -1,8 +1,8 @@
-// Command bench measures what docs/performance.md says, beside the bare token and in one run with it. scripts/bench.sh
-// makes what it needs and starts it; it writes bench.json.
+// Command bench measures the figures of docs/performance.md, together with their baselines. scripts/bench.sh prepares
+// everything and starts it; it writes bench.json.
 //
-// Each figure is the median of pairs: the bare token for some seconds, then ours for as long, so that whatever else
-// the machine does meets both.
+// Each figure is the median of pairs: the bare token for some seconds, then ours for as long, so that other work of the
+// machine affects both.
 package main
 
 import (
@@ -55,7 +55,7 @@ type bench struct {
 	pid    int
 }
 
-// fewer is how many pairs there are of what stands beside a figure.
+// fewer is how many pairs there are of a figure that only explains another one.
 func (b *bench) fewer() int { return (b.pairs + 1) / 2 }
 
 // progress tells on stderr what has been measured.
