@@ -122,7 +122,7 @@ func backupRestore(c *cli.Context) error {
 		for i, k := range taken {
 			labels[i] = k.Label()
 		}
-		return cmdline.Print(c, map[string]any{"taken": labels, "token": token.Serial()}, func(w io.Writer) {
+		return cmdline.Print(c, map[string]any{"imported": labels, "token": token.Serial()}, func(w io.Writer) {
 			if len(taken) == 0 {
 				fmt.Fprintf(w, "%s has the keys of this backup already; nothing changed\n", token)
 				return
