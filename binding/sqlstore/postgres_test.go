@@ -31,6 +31,31 @@ func openPG(t *testing.T, url string) *Store {
 	return s
 }
 
+// What pg_dump and pg_restore bring to another database is whole, and serves by the role of the service.
+func TestPostgresDumped(t *testing.T) {
+	ctx, server := t.Context(), pgtest.Start(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	owner := server.Database(t)
+	done(t, Upgrade(ctx, owner, "service"))
+	h := &history{t: t, s: openPG(t, server.As(t, owner, "service"))}
+	h.bind(stays, stays)
+	had := must(h.s.Heads(ctx))
+	owner = server.Dumped(t, owner)
+	done(t, Upgrade(ctx, owner, "service"))
+	h.s = openPG(t, server.As(t, owner, "service"))
+	must(h.s.Check(ctx, had))
+	for _, d := range must(h.s.Verify(ctx, func(int, int) {})).Damaged {
+		t.Errorf("damaged: %v", d)
+	}
+	if b := must(h.s.Subscription(ctx, imsiNo(t, stays), t0)).Standing(); b == nil || b.State != binding.Active {
+		t.Errorf("what was bound is %+v", b)
+	}
+	if warnings := must(h.s.Warnings(ctx)); len(warnings) > 0 {
+		t.Errorf("%q", warnings)
+	}
+	h.bind(later, later)
+}
+
 // Several instances on one PostgreSQL: what is allowed once is allowed to one of them.
 func TestPostgresInstances(t *testing.T) {
 	server := pgtest.Start(t)

@@ -161,6 +161,19 @@ func (s *Server) Of(t testing.TB, database string) string {
 	return Either(t, database, s)
 }
 
+// Dumped is another database of the server, with what pg_dump and pg_restore bring there from one.
+func (s *Server) Dumped(t testing.TB, database string) string {
+	t.Helper()
+	file, to := filepath.Join(s.dir, "dump"), s.Database(t)
+	for _, c := range [][]string{{"pg_dump", "--format=custom", "--file=" + file, database},
+		{"pg_restore", "--exit-on-error", "--dbname=" + to, file}} {
+		if out, err := s.command(t, c[0], c[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", c, err, out)
+		}
+	}
+	return to
+}
+
 func initialise(t testing.TB) *Server {
 	t.Helper()
 	s := folder(t)
