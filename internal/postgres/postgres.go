@@ -149,24 +149,30 @@ func ready(ctx context.Context, conn *pgx.Conn, schema sqlconn.Schema) error {
 const couldLose = "the store could lose what was confirmed last when its server is lost: "
 
 // Unsynchronised says what is wrong with a server's standbys: nothing if there are none, or if all that is confirmed is
-// also on the disk of one.
+// also on the disk of each. A base backup is no standby. It asks for no column that a service's role may not read.
 func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
-	var standbys int
-	var names, commit string
-	if err := db.QueryRowContext(ctx, "SELECT (SELECT count(*) FROM pg_stat_replication), "+
-		"current_setting('synchronous_standby_names'), current_setting('synchronous_commit')").Scan(&standbys, &names,
-		&commit); err != nil {
+	var synchronous int
+	var asynchronous, names, commit string
+	if err := db.QueryRowContext(ctx, `WITH waits AS (SELECT regexp_split_to_array(lower(
+			current_setting('synchronous_standby_names')), '[ ,()"]+') AS names),
+		standbys AS (SELECT application_name AS name, names && ARRAY['*', lower(application_name)] AS waited
+			FROM pg_stat_replication, waits WHERE application_name <> 'pg_basebackup')
+		SELECT count(*) FILTER (WHERE waited), coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE NOT waited),
+			''), current_setting('synchronous_standby_names'), current_setting('synchronous_commit')
+		FROM standbys`).Scan(&synchronous, &asynchronous, &names, &commit); err != nil {
 		return "", err
 	}
 	switch {
 	case names != "" && (commit == "local" || commit == "remote_write"):
 		return fmt.Sprintf(couldLose+"its setting synchronous_commit is %s: what it confirms is not yet on a "+
 			"standby's disk", commit), nil
-	case names != "" && standbys == 0:
-		return "no change of the store is confirmed: its server waits for a standby, since its setting " +
-			"synchronous_standby_names is not empty, and none is connected", nil
-	case names == "" && (standbys > 0 || db.hosts > 1):
+	case names != "" && synchronous == 0:
+		return "no change of the store is confirmed: its server waits for a standby that its setting " +
+			"synchronous_standby_names names, and none is connected", nil
+	case names == "" && (asynchronous != "" || db.hosts > 1):
 		return couldLose + "its standbys are asynchronous, since its setting synchronous_standby_names is empty", nil
+	case asynchronous != "":
+		return couldLose + "these standbys, which could take its place, are asynchronous: " + asynchronous, nil
 	}
 	return "", nil
 }

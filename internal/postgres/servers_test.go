@@ -9,6 +9,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -89,6 +91,48 @@ func TestPostgresNoStandby(t *testing.T) {
 	server.Set(t, "synchronous_standby_names", "*")
 	if what, err := db.Unsynchronised(t.Context()); !strings.Contains(what, "none is connected") || err != nil {
 		t.Errorf("a server that waits for a standby: %q, %v", what, err)
+	}
+}
+
+// Standbys beside those that the server waits for are named, and no base backup is taken for a standby: also to the
+// service's role, which PostgreSQL does not tell what each standby is.
+func TestPostgresWhichStandbys(t *testing.T) {
+	server := pgtest.Start(t)
+	name := server.Database(t)
+	server.Exec(t, "CREATE ROLE service LOGIN")
+	db := must.Get[*DB](t)(connect(server.As(t, name, "service"), sqlconn.First(table)))
+	defer db.Close()
+	for _, c := range []struct {
+		names     string
+		connected []string
+		want      string
+	}{
+		{"", []string{"pg_basebackup"}, ""},
+		{"*", []string{"pg_basebackup"}, "none is connected"},
+		{"", []string{"far"}, "its standbys are asynchronous"},
+		{"near", []string{"far"}, "none is connected"},
+		{`"Near", nearer`, []string{"near", "far", "farther"}, "asynchronous: far, farther"},
+		{"ANY 1 (near, far)", []string{"near", "far"}, ""},
+		{"*", []string{"near", "far"}, ""},
+	} {
+		server.Set(t, "synchronous_standby_names", c.names)
+		var standbys []*pgconn.PgConn
+		for _, as := range c.connected { // what is connected for replication counts, whatever it reads
+			standbys = append(standbys, must.Get[*pgconn.PgConn](t)(pgconn.Connect(t.Context(), with(t, name,
+				func(q url.Values) { q.Set("replication", "true"); q.Set("application_name", as) }))))
+		}
+		what, err := db.Unsynchronised(t.Context())
+		if err != nil || (what == "") != (c.want == "") || !strings.Contains(what, c.want) {
+			t.Errorf("%q, with %q: %q, %v", c.names, c.connected, what, err)
+		}
+		for _, s := range standbys {
+			must.Do(t, s.Close(t.Context()))
+		}
+		testproc.Await(t, "no standby is connected", func() bool {
+			var n int
+			err := db.QueryRowContext(t.Context(), "SELECT count(*) FROM pg_stat_replication").Scan(&n)
+			return n == 0 && err == nil
+		})
 	}
 }
 
