@@ -59,7 +59,7 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 	if err == nil {
 		if write, err = newWriter(ctx, db, schema); err == nil {
 			write.path = path
-			write.file, err = os.Stat(path)
+			write.file, write.log, err = files(path)
 		}
 	}
 	if err == nil {
@@ -172,6 +172,7 @@ type Writer struct {
 	schema sqlconn.Schema
 	path   string
 	file   os.FileInfo // what was there when it was opened
+	log    os.FileInfo // its write-ahead log, which stays as long as a connection is open
 
 	savepoint, release, rollback *sql.Stmt // around each change that is kept apart
 	dataVersion                  *sql.Stmt
@@ -262,12 +263,20 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 	return results, err
 }
 
-// InPlace fails if somebody has renamed or removed the database's file: SQLite would go on with a file that nobody
-// finds again.
+// InPlace fails if somebody has renamed or removed the database's file or its log, as when another database is written
+// over it: SQLite would go on with files that nobody finds again.
 func (w *Writer) InPlace() error {
-	if now, err := os.Stat(w.path); err == nil && os.SameFile(now, w.file) {
+	file, log, err := files(w.path)
+	if err == nil && os.SameFile(file, w.file) && os.SameFile(log, w.log) {
 		return nil
 	}
 	return fmt.Errorf("somebody has put another file in the place of the database %s, or removed it, while it was in "+
 		"use: changes are lost; stop the service, and start it again with the file that is to be used", w.path)
+}
+
+func files(path string) (file, log os.FileInfo, err error) {
+	if file, err = os.Stat(path); err == nil {
+		log, err = os.Stat(path + "-wal")
+	}
+	return file, log, err
 }

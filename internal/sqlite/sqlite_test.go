@@ -297,6 +297,10 @@ func TestReplacedWhileOpen(t *testing.T) {
 		"replaced": func(path, other string) error { return os.Rename(other, path) },
 		"moved":    func(path, other string) error { return os.Rename(path, other+"2") },
 		"removed":  func(path, _ string) error { return os.Remove(path) },
+		"written over": func(path, other string) error { // it is the same file, but its log is not
+			data, err := os.ReadFile(other)
+			return errors.Join(err, os.Remove(path+"-wal"), os.Remove(path+"-shm"), os.WriteFile(path, data, 0o600))
+		},
 	} {
 		dir := t.TempDir()
 		path, other := filepath.Join(dir, "db"), filepath.Join(dir, "other")
