@@ -151,16 +151,24 @@ func (x *series) now() string {
 
 // flat compares the last two thirds of the process's life: nothing grows any more.
 func (x *series) flat(s *soak) {
+	long := s.duration >= 30*time.Minute
+	few := s.t.Logf
+	if long {
+		few = s.t.Errorf
+	}
+	if len(x.values) == 0 {
+		few("nobody has watched the process")
+	}
 	for name, v := range x.values {
 		n := len(v) / 3
 		if n < 3 {
-			s.t.Logf("%s: only %d samples", name, len(v))
+			few("%s: only %d samples", name, len(v))
 			continue
 		}
 		earlier, later := median(v[n:2*n]), median(v[2*n:])
 		s.result.Growth[name] = [2]float64{earlier, later}
 		// The caches that are bounded are full by then: 200,000 subscriptions were seen.
-		if s.duration >= 30*time.Minute && later > 1.1*earlier+10 {
+		if long && later > 1.1*earlier+10 {
 			s.t.Errorf("%s has grown from %.0f to %.0f", name, earlier, later)
 		}
 	}
