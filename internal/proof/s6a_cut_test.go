@@ -276,6 +276,15 @@ func TestS6aPostgresVaultCutOff(t *testing.T) {
 			s.instances[i].Kill()
 			return func() { s.startInstance(i) }
 		})
+		s.during(instanceName(i)+" ended in order", lasts, false, func() func() {
+			s.stop(s.instances[i])
+			return func() { s.startInstance(i) }
+		})
+		s.mu.Lock()
+		if len(s.again) > 0 {
+			t.Errorf("%s ended in order, and calls failed: %v", instanceName(i), s.again)
+		}
+		s.mu.Unlock()
 		s.during(instanceName(i)+" hangs", lasts, true, func() func() {
 			suspend(t, s.instances[i])
 			return func() { s.instances[i].Cmd.Process.Signal(syscall.SIGCONT) }

@@ -103,7 +103,7 @@ func newSite(t *testing.T) *site {
 		s.modules[i].Tell(t)
 		s.tokens[i] = [2]string{s.modules[i].URI(toks[0].URI),
 			strings.Replace(toks[1].URI, w.operator.Module, library, 1)}
-		s.settings[i] = fmt.Sprintf("state: state%d\nlisten: %s:8443\n"+
+		s.settings[i] = fmt.Sprintf("state: state%d\nlisten: %s:8443\ndrain_delay: 1s\n"+
 			"tls: {certificate: hosts.pem, key: hosts.key, client_ca: ca.pem}\nimei_rate: 1000\n"+
 			"store: postgres://postgres@%s:%d,%s:%d%s?target_session_attrs=read-write&"+
 			"sslmode=verify-full&sslrootcert=%s\n"+
