@@ -292,9 +292,13 @@ func TestS6aPostgresVaultCutOff(t *testing.T) {
 		// "hang" is what a module does whose network to its HSM is cut.
 		for fault, line := range map[string]string{"removed": "* removed", "hangs": "* hang",
 			"answers errors": "* 0x30"} {
+			opened := s.modules[i].Counts()["C_Initialize"]
 			s.during("token of "+name+" "+fault, lasts, false, func() func() {
 				s.modules[i].Tell(t, line)
 				return func() { s.modules[i].Tell(t) }
+			})
+			testproc.Await(t, "the token of "+name+" is opened again after it "+fault, func() bool {
+				return s.modules[i].Counts()["C_Initialize"] > opened
 			})
 		}
 		cut("Go client - "+name, lasts, true, address(0), address(i+1))
