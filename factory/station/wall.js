@@ -92,7 +92,6 @@ function say(state, title, why) {
 }
 
 function show(s) {
-  shown = s;
   const sum = key => s.lots.reduce((n, l) => n + Math.max(0, l[key]), 0);
   const asked = s.last ? `; a station last asked ${clock(s.last)}` : '';
   const last = sum('injected') ? `last device ${clock(s.last)}` : `nothing injected yet${asked}`;
@@ -149,8 +148,9 @@ async function refresh() {
     const answer = await fetch('v1/status', { cache: 'no-store', signal: AbortSignal.timeout(5000) });
     if (!answer.ok) throw new Error(answer.statusText);
     const s = await answer.json();
+    show(s); // it may fail, on an answer of a later release
+    shown = s;
     [last, answered] = [Date.now(), performance.now()];
-    show(s);
   } catch { /* tick says so */ }
   setTimeout(refresh, 2000);
 }

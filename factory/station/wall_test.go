@@ -113,6 +113,13 @@ func wallOf(t *testing.T) *httptest.Server {
 				json.NewEncoder(w).Encode(s)
 				return
 			}
+			if state == "strange" { // an answer that this page cannot show, as of a later release
+				if state = Running; asked[r.URL.Path+r.Referer()] {
+					fmt.Fprint(w, "{}")
+					return
+				}
+				asked[r.URL.Path+r.Referer()] = true
+			}
 			if state == "stale" {
 				if state = Running; asked[r.URL.Path+r.Referer()] {
 					w.WriteHeader(http.StatusServiceUnavailable)
@@ -147,6 +154,15 @@ func TestWallLayoutInBrowser(t *testing.T) {
 	}
 	if !strings.HasPrefix(result[1], "144 pages") {
 		t.Error(result[1])
+	}
+}
+
+// A screen that cannot show what the line says is as stale as one without an answer.
+func TestWallStaleInBrowser(t *testing.T) {
+	page := browse(t, "--window-size=1280,720", "--dump-dom", wallOf(t).URL+"/strange/2/1/")
+	if !strings.Contains(page, `data-state="stale"`) || !strings.Contains(page, "⚠ STALE") ||
+		!strings.Contains(page, "no answer since") {
+		t.Errorf("it does not say that it is stale:\n%s", page)
 	}
 }
 

@@ -44,7 +44,7 @@ type Config struct {
 var schema = config.Schema[Config]{See: "factory check", Settings: []config.Setting[Config]{
 	{Name: "token", Example: "pkcs11:token=factory?module-path=...&pin-source=file:...", Secret: true,
 		Help: "or KMEHSM_TOKEN"},
-	{Name: "state", Default: "var/factory", Example: "/var/lib/kmehsm/factory", Help: "the line's own folder"},
+	{Name: "state", Default: "var/factory", Example: "/var/lib/kmehsm-factory", Help: "the line's own folder"},
 	{Name: "directory", Example: "file:/srv/directory", Help: "the public-key directory",
 		Rule: "file:DIR or vault:MOUNT",
 		OK:   func(c *Config) bool { return directories.Check(c.Directory) == nil }},
