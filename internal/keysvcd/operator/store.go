@@ -103,7 +103,8 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 	return errors.Join(err, store.Close())
 }
 
-// Migrate copies a whole store into an empty one, and gives the number of rows. report is told the number so far.
+// Migrate copies a whole store into an empty one, and gives the number of rows. It refuses a store in SQLite that a
+// service serves from. report is told the number so far.
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
 	if there, err := there(ctx, from); err == nil && !there {
 		return 0, usage.Errorf("--from: there is no store at %s: check its path", sqlstore.File(from))
@@ -113,6 +114,11 @@ func Migrate(ctx context.Context, token Token, from, to string, report func(rows
 		return 0, fmt.Errorf("--from: %w", err)
 	}
 	defer func() { err = errors.Join(err, source.Close()) }()
+	unlock, err := ServeAlone(from) // what a service confirmed meanwhile would be lost
+	if err != nil {
+		return 0, fmt.Errorf("--from: %w", err)
+	}
+	defer unlock()
 	if err := mark.Check(ctx, source, token); err != nil {
 		return 0, fmt.Errorf("--from: %w", err)
 	}

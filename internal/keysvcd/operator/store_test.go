@@ -11,6 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -99,6 +100,15 @@ func TestMigrate(t *testing.T) {
 		if err := UseStore(ctx, token, name, openAttempt(t)); err != nil {
 			return err
 		}
+		stop := must.Get[func()](t)(ServeAlone(name)) // whatever it confirms during the copy would be lost
+		if _, err := Migrate(ctx, token, name, other, func(int) {}); err == nil || !strings.Contains(err.Error(),
+			"--from: a keysvc serves from ") {
+			t.Errorf("a store that is served was copied: %v", err)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "other.db")); err == nil {
+			t.Error("a refused copy has made a store")
+		}
+		stop()
 		if rows, err := Migrate(ctx, token, name, other, func(int) {}); err != nil || rows == 0 {
 			t.Errorf("%d rows: %v", rows, err)
 		}
