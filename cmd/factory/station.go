@@ -96,8 +96,12 @@ func stationServe(c *cli.Context) error {
 	log := terminal.NewLog(c.App.ErrWriter, slog.HandlerOptions{})
 	log.Info("starting", "version", version.Text(), "directory", c.String("directory"), "state", c.String("state"),
 		"stations", c.StringSlice("station"), "address", c.String("listen"))
+	listener, err := config.Listen(c.String("listen"))
+	if err != nil {
+		return err
+	}
 	host, _ := os.Hostname()
-	return station.Serve(c.Context, c.String("listen"), secure, station.Options{
+	return station.Serve(c.Context, listener, secure, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
 		Timeout: c.Duration("timeout"), Log: log,
 		Stations: c.StringSlice("station"), Line: cmp.Or(c.String("line"), host),

@@ -53,6 +53,9 @@ func rotateCommand() *cli.Command {
 }
 
 func initLine(c *cli.Context) error {
+	if err := durable.CheckNotOf("keysvc", c.String("state"), "token"); err != nil {
+		return err
+	}
 	path := state(c).PublicKey()
 	if out := c.String("out"); out != "" {
 		path = filepath.Join(out, filepath.Base(path))

@@ -8,10 +8,14 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
 func initToken(c *cli.Context) error {
+	if err := durable.CheckNotOf("factory", c.String("state"), "log.jsonl"); err != nil {
+		return err
+	}
 	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		made, err := operator.Init{
 			URI: c.String("token"), State: c.String("state"), Store: storeName(c),

@@ -116,17 +116,14 @@ func (d *Desk) Handler() http.Handler {
 	return protection.Handler(mux)
 }
 
-// Serve opens the desk of a line, and serves it at an address until ctx ends. Then it finishes the requests under way.
-func Serve(ctx context.Context, address string, config *tls.Config, o Options) (err error) {
+// Serve opens the desk of a line, and serves it until ctx ends. Then it finishes the requests under way. It closes
+// listener.
+func Serve(ctx context.Context, listener net.Listener, config *tls.Config, o Options) (err error) {
 	desk, err := Open(ctx, o)
 	if err != nil {
-		return err
+		return errors.Join(err, listener.Close())
 	}
 	defer func() { err = errors.Join(err, desk.Close()) }()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		return err
-	}
 	server := &http.Server{
 		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
 		IdleTimeout: 5 * time.Minute, ErrorLog: log.New(handshakes{Desk: desk}, "", 0),

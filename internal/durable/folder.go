@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"os/user"
+	"path/filepath"
 	"strconv"
 	"syscall"
 
@@ -24,6 +25,15 @@ func CheckFolder(program, dir string) error {
 		return usage.Errorf("%s is a file: name with state the folder that %s init has made", dir, program)
 	}
 	return checkOwner(program, dir, info, os.Geteuid())
+}
+
+// CheckNotOf fails if a folder has a file that only another program makes: KMEHSM_STATE is read by both.
+func CheckNotOf(program, dir, file string) error {
+	if _, err := os.Stat(filepath.Join(dir, file)); err != nil {
+		return nil
+	}
+	return usage.Errorf("the folder %s is %s's: name another with --state; KMEHSM_STATE is for one program", dir,
+		program)
 }
 
 // CheckOwner fails if root would work in another user's folder: the service could not use what root makes there. A
