@@ -81,9 +81,7 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 		}
 		d.document(data, v)
 	}
-	if err := resolve(v, dir); err != nil {
-		r.Add("", err.Error(), "")
-	}
+	r.resolve(v, dir)
 	names := flags(v)
 	for _, flag := range slices.Sorted(maps.Keys(given)) {
 		for name := range strings.SplitSeq(names[flag], ",") {
@@ -98,9 +96,7 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 			}
 		}
 	}
-	if err := resolve(v, "."); err != nil {
-		r.Add("", err.Error(), "")
-	}
+	r.resolve(v, ".")
 	for _, set := range s.Settings {
 		if set.OK != nil && r.lines[set.Name] != 0 && r.Good(set.Name) && !set.OK(c) {
 			d.notAllowed(set.Name, "", fmt.Sprint(field(v, set.Name)))
@@ -170,23 +166,31 @@ func field(v reflect.Value, name string) reflect.Value {
 	return reflect.Value{}
 }
 
-// resolve makes the relative paths absolute.
-func resolve(v reflect.Value, dir string) error {
+// resolve makes the relative paths absolute, and refuses those that only a shell knows.
+func (r *Report) resolve(v reflect.Value, dir string) {
 	dir, err := filepath.Abs(dir)
 	if err != nil {
-		return err
+		r.Add("", err.Error(), "")
+		return
 	}
-	walk("", v, func(_ string, f reflect.StructField, value reflect.Value) {
+	walk("", v, func(name string, f reflect.StructField, value reflect.Value) {
 		prefix, ok := f.Tag.Lookup("path")
 		if !ok {
 			return
 		}
 		path, ok := strings.CutPrefix(value.String(), prefix)
-		if ok && path != "" && !filepath.IsAbs(path) {
+		switch {
+		case !ok || path == "" || filepath.IsAbs(path):
+		case path == "~" || strings.HasPrefix(path, "~/"):
+			said := func(p Problem) bool { return p.Setting == name && !p.Warning }
+			if !slices.ContainsFunc(r.problems, said) { // of the file's, before the command line's
+				r.Add(name, fmt.Sprintf("%s is %s, but ~ stands for a home folder only in a shell", name, path),
+					"write the whole path, or ./~ for a folder of that name")
+			}
+		default:
 			value.SetString(prefix + filepath.Join(dir, path))
 		}
 	})
-	return nil
 }
 
 // Find gives the path of a program's configuration: the one that is named, else /etc/kmehsm/PROGRAM.yaml, else

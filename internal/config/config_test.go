@@ -95,6 +95,10 @@ func TestGiven(t *testing.T) {
 		!strings.Contains(r.Err().Error(), `the command line or the environment: text is a or b, not "z"`) {
 		t.Errorf("a wrong one: %v", r.Err())
 	}
+	if _, r := read(t, "file: file:~/x\ntls: {key: ./~}\n", nil); len(r.Problems()) != 1 ||
+		!strings.Contains(r.Err().Error(), "line 1: file is ~/x, but ~ stands for a home folder only in a shell") {
+		t.Errorf("a home folder: %v", r.Err())
+	}
 	values := Values(c)
 	if !slices.Equal(values["times"], []string{"1", "2"}) || !slices.Equal(values["time"], []string{"5m0s"}) ||
 		values["count"] != nil || values["tls-key"] == nil {
