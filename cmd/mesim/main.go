@@ -232,9 +232,9 @@ func connectionRemedy(err error) string {
 		return "name with --ca the CA of the service's certificate"
 	case errors.As(err, new(x509.HostnameError)):
 		return "name with --server a host that the service's certificate is for"
-	case connection == nil:
+	case connection == nil && (err == nil || !strings.Contains(err.Error(), "the stream to the service has ended")):
 		return ""
-	case connection.Op == "dial":
+	case connection != nil && connection.Op == "dial":
 		return "see that the service runs, and that --server is its address"
 	}
 	// A refusal of the certificate may come as an end of the connection.
