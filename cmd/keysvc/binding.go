@@ -320,13 +320,11 @@ func bindingRevoke(c *cli.Context) error {
 	return withIMSI(c, func(s *sqlstore.Store, imsi kme.IMSI) error {
 		sub, err := s.Subscription(c.Context, imsi, time.Now())
 		loss, err := explain.RevocationLoss(imsi, sub, err)
+		if err == nil {
+			err = cmdline.Confirm(c, loss, imsi.String())
+		}
 		if err != nil {
 			return err
-		}
-		if loss != "" {
-			if err := cmdline.Confirm(c, loss, imsi.String()); err != nil {
-				return err
-			}
 		}
 		b, err := s.Revoke(c.Context, imsi, time.Now())
 		if err != nil {

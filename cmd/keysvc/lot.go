@@ -121,7 +121,7 @@ func lotRetire(c *cli.Context) error {
 			return err
 		}
 		loss, err := imports.RetirementLoss(c.Context, store, lot, token, time.Now())
-		if err == nil && loss != "" {
+		if err == nil {
 			err = cmdline.Confirm(c, loss, lot.Manifest.Lot)
 		}
 		if err != nil {

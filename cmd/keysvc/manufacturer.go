@@ -111,7 +111,7 @@ func decide(
 			id := c.Args().First()
 			if withdrawn {
 				loss, err := imports.DistrustLoss(c.Context, store, id)
-				if err == nil && loss != "" {
+				if err == nil {
 					err = cmdline.Confirm(c, loss, id[:min(8, len(id))])
 				}
 				if err != nil {

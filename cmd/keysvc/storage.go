@@ -104,7 +104,7 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 func storageRetire(c *cli.Context) error {
 	return withTokenAndStore(c, func(token *hsmkeys.OperatorToken, store *sqlstore.Store) error {
 		loss, err := tokenkeys.RetirementLoss(c.Context, token)
-		if err == nil && loss != "" {
+		if err == nil {
 			err = cmdline.Confirm(c, loss, token.Serial())
 		}
 		if err != nil {

@@ -17,8 +17,12 @@ import (
 var Yes = &cli.BoolFlag{Name: "yes", Usage: "do not ask whether it is meant: for scripts, since nothing undoes it"}
 
 // Confirm asks before an action that cannot be undone. It prints to standard error what will be lost, and wants name
-// typed on a terminal. Without a terminal, it wants --yes. On an error, nothing may be done.
+// typed on a terminal. Without a terminal, it wants --yes. On an error, nothing may be done. If what is
+// empty, nothing is lost, and it asks nothing.
 func Confirm(c *cli.Context, what, name string) error {
+	if what == "" {
+		return nil
+	}
 	fmt.Fprintf(c.App.ErrWriter, "%s\n", what)
 	if c.Bool(Yes.Name) {
 		return nil
