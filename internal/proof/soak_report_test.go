@@ -178,7 +178,7 @@ func (x *series) flat(s *soak) {
 func (s *soak) shares() {
 	pairs, each := 2, 100*time.Millisecond
 	if s.long {
-		pairs, each = 8, 5*time.Second
+		pairs, each = 16, 4*time.Second
 	}
 	s.serveBy(s.grown, nil)
 	s.serveBy(s.empty, nil)
@@ -221,8 +221,10 @@ func (s *soak) shares() {
 	}
 	r.HalfGrown, r.HalfEmpty = latencyOf(half[0]), latencyOf(half[1])
 	must.Do(s.t, s.empty.stop())
-	if s.long && r.Ratio < 0.8 {
-		s.t.Errorf("a grown database has %.2f of the attaches of an empty one", r.Ratio)
+	// Pairs of one run spread by a tenth and more: three of four are below only if the median is too.
+	slices.Sort(ratios)
+	if s.long && ratios[len(ratios)*3/4] < 0.95 {
+		s.t.Errorf("a grown database has %.2f of the attaches of an empty one (median of pairs): 0.95 is wanted", r.Ratio)
 	}
 }
 
