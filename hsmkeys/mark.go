@@ -1,27 +1,18 @@
 package hsmkeys
 
 import (
-	"bytes"
 	"context"
 	"errors"
-	"slices"
 
-	"github.com/miekg/pkcs11"
-
-	"github.com/kmehsm/kmehsm/hsmkeys/ck"
-	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
-
-// private marks an object that only a logged-in user can make or see. Without a login, anybody can make other objects:
-// so an object with a mark's name that is not PRIVATE does not count.
-var private = ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}
 
 // Marks gives the marks in the token. There are several if processes set one at the same time, or were killed while
 // they did.
 func (t *OperatorToken) Marks(ctx context.Context) ([][]byte, error) {
 	return p11.Do(ctx, t.hsm, "read the high-water mark", func(s *p11.Session) (all [][]byte, err error) {
-		found, err := s.Notes(keyspec.MarkLabel, private)
+		found, err := keyop.Marks(s)
 		for _, n := range found {
 			all = append(all, n.Text)
 		}
@@ -33,23 +24,7 @@ func (t *OperatorToken) Marks(ctx context.Context) ([][]byte, error) {
 // user PIN. It makes a new object, because one that is changed in place could be lost when the process is killed.
 func (t *OperatorToken) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
 	_, err := doAs(ctx, t.base, Operator, "set the high-water mark", func(s *p11.Session) (struct{}, error) {
-		before, err := s.Notes(keyspec.MarkLabel, private)
-		if err == nil {
-			err = s.PutNote(keyspec.MarkLabel, mark, private)
-		}
-		for _, n := range before {
-			if err != nil {
-				break
-			}
-			if !slices.ContainsFunc(others, func(o []byte) bool { return bytes.Equal(o, n.Text) }) {
-				continue
-			}
-			// Another process may have replaced it meanwhile.
-			if err = s.Destroy(n.Object); ck.IsCKR(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
-				err = nil
-			}
-		}
-		return struct{}{}, p11.Explain("set the high-water mark", err)
+		return struct{}{}, p11.Explain("set the high-water mark", keyop.SetMark(s, mark, others))
 	})
 	return err
 }

@@ -3,8 +3,12 @@ package hsmkeys
 import (
 	"bytes"
 	"fmt"
+	"io"
+	"os"
+	"os/exec"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/miekg/pkcs11"
@@ -115,5 +119,65 @@ func TestDerive(t *testing.T) {
 	}
 	if _, err := one.Derive(t.Context(), "0123456789abcdef"); err == nil {
 		t.Error("a purpose was taken whose name is as long as a KME")
+	}
+}
+
+// A mark is there for whoever reads it at any moment, also while this process and another one replace it.
+func TestMarkAtAnyMoment(t *testing.T) {
+	replace := func(token *OperatorToken, enough func() bool) {
+		for i := 0; !enough(); i++ {
+			all, err := token.Marks(t.Context())
+			if err == nil {
+				err = token.SetMark(t.Context(), fmt.Append(nil, i), all)
+			}
+			if err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}
+	if uri := os.Getenv(childURI); uri != "" {
+		token := must[*OperatorToken](t)(OpenOperator(t.Context(), uri, Options{}))
+		defer token.Close()
+		var stop atomic.Bool
+		go func() {
+			os.Stdin.Read(make([]byte, 1))
+			stop.Store(true)
+		}()
+		replace(token, stop.Load)
+		return
+	}
+	tok := softhsmtest.Operator(t)
+	token := newOperatorOn(t, tok)
+	if err := token.SetMark(t.Context(), []byte("first"), nil); err != nil {
+		t.Fatal(err)
+	}
+	child := exec.Command(os.Args[0], "-test.run=^TestMarkAtAnyMoment$")
+	child.Env = append(os.Environ(), childURI+"="+tok.URI)
+	stop := must[io.WriteCloser](t)(child.StdinPipe())
+	var out bytes.Buffer
+	child.Stdout, child.Stderr = &out, &out
+	if err := child.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var reads atomic.Int64
+	enough := func() bool { return reads.Load() >= 1000 || t.Failed() }
+	var done sync.WaitGroup
+	for range 4 {
+		done.Go(func() {
+			for !enough() {
+				all, err := token.Marks(t.Context())
+				if err != nil || len(all) == 0 {
+					t.Errorf("read %d: %q, %v", reads.Load(), all, err)
+				}
+				reads.Add(1)
+			}
+		})
+	}
+	replace(token, enough)
+	done.Wait()
+	stop.Close()
+	if err := child.Wait(); err != nil {
+		t.Errorf("%v: %s", err, out.Bytes())
 	}
 }

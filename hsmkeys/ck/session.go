@@ -102,9 +102,6 @@ func (s *Session) Notes(label string, how Attributes) (all []Note, err error) {
 		if err == nil {
 			a, err = s.Get(object, says)
 		}
-		if IsCKR(err, pkcs11.CKR_OBJECT_HANDLE_INVALID) {
-			continue // gone meanwhile
-		}
 		if err != nil {
 			return nil, err
 		}
