@@ -103,7 +103,7 @@ func TestServiceKilled(t *testing.T) {
 	}
 	all.Go(func() {
 		_, err := c.ReportAuthentication(t.Context(), parseIMSITest(t, kept), client.Origin{}, false)
-		if connect.CodeOf(err) != connect.CodeUnavailable {
+		if connect.CodeOf(err) != connect.CodeUnavailable || !errors.Is(err, client.ErrStreamEnded) {
 			t.Errorf("a report that may not be repeated: %v", err)
 		}
 	})

@@ -250,7 +250,7 @@ func why(err error) func() error {
 	if errors.Is(err, io.EOF) {
 		err = errEnded
 	} else if errors.As(err, &connection) {
-		err = fmt.Errorf("the stream to the service has ended: %w", connection)
+		err = fmt.Errorf("%w: %w", ErrStreamEnded, connection)
 	} else if unsent(err) {
 		err = fmt.Errorf("%w before it began: %w", errEnded, err)
 	} else if errors.As(err, &e) {
@@ -258,10 +258,14 @@ func why(err error) func() error {
 			refused := &Error{Reason: kme.Reason(reason), Message: e.Message()}
 			return func() error { return refused }
 		}
-		err = fmt.Errorf("the stream to the service has ended: %w", e.Unwrap())
+		err = fmt.Errorf("%w: %w", ErrStreamEnded, e.Unwrap())
 	}
 	return func() error { return connect.NewError(code, err) }
 }
+
+// ErrStreamEnded is in the error of calls whose stream has broken: they may have been made. A service that refuses this
+// client's certificate can look so.
+var ErrStreamEnded = errors.New("the stream to the service has ended")
 
 // errEnded is the error of calls without an answer in a stream that has ended in order: they were not begun (see
 // KeyService.Stream).

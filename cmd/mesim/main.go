@@ -232,7 +232,7 @@ func connectionRemedy(err error) string {
 		return "name with --ca the CA of the service's certificate"
 	case errors.As(err, new(x509.HostnameError)):
 		return "name with --server a host that the service's certificate is for"
-	case connection == nil && (err == nil || !strings.Contains(err.Error(), "the stream to the service has ended")):
+	case connection == nil && !errors.Is(err, client.ErrStreamEnded):
 		return ""
 	case connection != nil && connection.Op == "dial":
 		return "see that the service runs, and that --server is its address"
