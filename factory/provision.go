@@ -21,6 +21,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -83,7 +84,7 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		o.To = m.Shards()
 	}
 	if o.From < 0 || o.From >= o.To || o.To > m.Shards() {
-		return Progress{}, fmt.Errorf("lot %s has the shards 0 to %d", lot, m.Shards()-1)
+		return Progress{}, usage.Errorf("lot %s has the shards 0 to %d", lot, m.Shards()-1)
 	}
 	injection, err := l.injection(ctx, o.Fixture)
 	if err != nil {
