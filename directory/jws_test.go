@@ -81,7 +81,8 @@ func TestSignIsJWS(t *testing.T) {
 
 // An object has one form. Go's decoders of base64url and JSON take others of the same content.
 func TestJWSHasOneForm(t *testing.T) {
-	s := must.Get[*Signer](t)(NewSigner(newKey(t)))
+	key := newKey(t)
+	s := must.Get[*Signer](t)(NewSigner(key))
 	m := newManifest(t, s, "L1")
 	jws := string(must.Get[[]byte](t)(s.Sign(TypeManifest, m)))
 	v := NewVerifier(s.Public())
@@ -94,6 +95,16 @@ func TestJWSHasOneForm(t *testing.T) {
 			forms[fmt.Sprintf("%q behind its %s", c, name)] = jws[:at] + c + jws[at:]
 		}
 	}
+	header := fmt.Sprintf(`{"alg":"ES256","kid":%q,"typ":%q}`, s.KeyID(), TypeManifest)
+	payload := string(must.Get[[]byte](t)(json.Marshal(m)))
+	signed := func(header, payload string) string {
+		return string(sign(t, json.RawMessage(header), []byte(payload), es256(t, key)))
+	}
+	must.Do(t, v.Verify(TypeManifest, "it", []byte(signed(header, payload)), new(Manifest)))
+	forms["a field twice"] = signed(header, strings.Replace(payload, "{", `{"lot":"L2",`, 1))
+	forms["a range's field twice"] = signed(header, strings.Replace(payload, `"first"`, `"count":1,"first"`, 1))
+	forms["a field in another case"] = signed(header, strings.Replace(payload, `"lot"`, `"Lot"`, 1))
+	forms["a header twice"] = signed(strings.Replace(header, "{", `{"kid":"x",`, 1), payload)
 	for name, form := range forms {
 		if err := v.Verify(TypeManifest, "it", []byte(form), new(Manifest)); err == nil {
 			t.Errorf("%s: taken", name)

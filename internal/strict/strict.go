@@ -1,5 +1,5 @@
-// Package strict reads input of others: JSON as one document without unknown fields, base64url in the form of JOSE, and
-// a reason of one line.
+// Package strict reads input of others: JSON that has one meaning, base64url in the form of JOSE, and a reason of one
+// line.
 package strict
 
 import (
@@ -7,6 +7,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"strings"
 	"unicode"
@@ -30,7 +31,8 @@ func (b *Base64) UnmarshalText(text []byte) error {
 	return nil
 }
 
-// Parse takes exactly one JSON document, and no field that into does not have.
+// Parse takes exactly one JSON document, and no field that into does not have. The names of fields are in lower case,
+// and none is there twice in an object: encoding/json would take the last, in whatever case, and others the first.
 func Parse(data []byte, into any) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
@@ -39,6 +41,41 @@ func Parse(data []byte, into any) error {
 	}
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return errors.New("there is more than one JSON document")
+	}
+	return checkNames(data)
+}
+
+// checkNames refuses a name of a field that is there twice, or in another form than ours, in a valid document. There, a
+// string is a name if a colon follows.
+func checkNames(data []byte) error {
+	var open []map[string]bool // the names of each object that has begun; nil for an array
+	for i := 0; i < len(data); i++ {
+		switch data[i] {
+		case '{':
+			open = append(open, map[string]bool{})
+		case '[':
+			open = append(open, nil)
+		case '}', ']':
+			open = open[:len(open)-1]
+		case '"':
+			begin := i + 1
+			for i = begin; data[i] != '"'; i++ {
+				if data[i] == '\\' {
+					i++
+				}
+			}
+			if !bytes.HasPrefix(bytes.TrimLeft(data[i+1:], " \t\r\n"), []byte(":")) {
+				continue
+			}
+			name, names := string(data[begin:i]), open[len(open)-1]
+			if strings.ContainsFunc(name, func(c rune) bool { return c == '\\' || c > '~' || 'A' <= c && c <= 'Z' }) {
+				return fmt.Errorf("the field %q is not written in plain lower case", name)
+			}
+			if names[name] {
+				return fmt.Errorf("the field %q is there twice", name)
+			}
+			names[name] = true
+		}
 	}
 	return nil
 }
