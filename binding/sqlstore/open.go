@@ -25,12 +25,10 @@ import (
 var (
 	//go:embed schema.sql
 	schema string
-	//go:embed equipment.sql
-	equipmentSchema string
 
 	// known is the schema of both databases. The release before must work beside this one:
 	// docs/decisions/0050-upgrades.md says what a migration may do.
-	known = sqlconn.Schema{Migrations: []string{schema, equipmentSchema}, Least: 2}
+	known = sqlconn.First(schema)
 )
 
 // CheckName refuses a text that is no store's name, as wrong usage. Its error has no password.

@@ -323,7 +323,7 @@ func schemas(t *testing.T, name string) {
 		written(fmt.Sprint("00101000000001", i), upgraded, s)
 		warnings, err := s.Warnings(t.Context())
 		if err != nil || !strings.Contains(fmt.Sprint(warnings), "a newer release has upgraded the store to schema "+
-			"version 3, and this one knows 2") {
+			"version 2, and this one knows 1") {
 			t.Errorf("the older release: %q, %v", warnings, err)
 		}
 	}
@@ -336,13 +336,13 @@ func schemas(t *testing.T, name string) {
 	}
 	if postgres {
 		if err := Upgrade(t.Context(), name, "postgres"); err == nil ||
-			!strings.Contains(err.Error(), "has version 3 already, and this program knows 2") {
+			!strings.Contains(err.Error(), "has version 2 already, and this program knows 1") {
 			t.Errorf("an upgrade by the older release: %v", err)
 		}
 	}
 
 	newest := next("", "ALTER TABLE sightings RENAME TO seen")
-	newest.Least = 4
+	newest.Least = 3
 	as(newest)
 	if postgres {
 		if s, err := Open(t.Context(), name, rowKey); err == nil || !strings.Contains(err.Error(), "stop it first") {
@@ -362,8 +362,8 @@ func schemas(t *testing.T, name string) {
 	as(newest)
 	opened()
 	as(older)
-	const refusal = "its schema has version 4, and only a program that knows version 4 can work with it: this one " +
-		"knows version 2; use the release that upgraded it, or a newer one"
+	const refusal = "its schema has version 3, and only a program that knows version 3 can work with it: this one " +
+		"knows version 1; use the release that upgraded it, or a newer one"
 	if s, err := Open(t.Context(), name, rowKey); err == nil || !strings.Contains(err.Error(), refusal) {
 		t.Errorf("an older release: %v", err)
 	} else if s != nil {

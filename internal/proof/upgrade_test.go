@@ -113,9 +113,9 @@ func (w *world) refused(want, release string, env []string, args ...string) {
 }
 
 const (
-	onlyNewer = "its schema has version 4, and only a program that knows version 4 can work with it: this one knows " +
-		"version 2; use the release that upgraded it, or a newer one"
-	serves = "a newer release has upgraded the store to schema version 3, and this one knows 2"
+	onlyNewer = "its schema has version 3, and only a program that knows version 3 can work with it: this one knows " +
+		"version 1; use the release that upgraded it, or a newer one"
+	serves = "a newer release has upgraded the store to schema version 2, and this one knows 1"
 )
 
 // Two instances of one release on PostgreSQL are replaced by a later one's, one after the other and under load, while a
