@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"runtime/debug"
 	"syscall"
 
 	"github.com/hashicorp/go-hclog"
@@ -55,6 +56,12 @@ type configFile struct {
 func main() {
 	flags := flag.NewFlagSet("vaultdev server", flag.ExitOnError)
 	path := flags.String("config", "", "the configuration, JSON")
+	if len(os.Args) == 2 && os.Args[1] == "--version" {
+		if info, ok := debug.ReadBuildInfo(); ok {
+			fmt.Println("vaultdev version", info.Main.Version, info.GoVersion)
+		}
+		return
+	}
 	if len(os.Args) < 2 || os.Args[1] != "server" {
 		fmt.Fprintln(os.Stderr, "usage: vaultdev server -config=FILE")
 		os.Exit(2)

@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/vault/api"
+
+	"github.com/kmehsm/kmehsm/internal/version"
 )
 
 type options struct {
@@ -40,7 +42,12 @@ func main() {
 	flag.StringVar(&o.Level, "log-level", "warn", "trace, debug, info, warn or error")
 	flag.StringVar(&o.Join, "join", "", "join the cluster of the server whose init.json this is")
 	flag.BoolVar(&o.Sealed, "sealed", false, "stay sealed")
+	ask := flag.Bool("version", false, "print tag, commit and Go's version")
 	flag.Parse()
+	if *ask {
+		fmt.Println("vaultrun version", version.Text())
+		return
+	}
 	err := errors.New("vaultrun takes no arguments, only flags")
 	if flag.NArg() == 0 {
 		err = run(o)

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -139,5 +140,14 @@ func TestBroken(t *testing.T) {
 	if err := vaultrun.Wait(); err == nil || !strings.Contains(vaultrun.Log.String(), "a server's last words") ||
 		!strings.Contains(vaultrun.Log.String(), "the server has ended") {
 		t.Errorf("%v\n%s", err, vaultrun.Log)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	cmd := exec.Command(os.Args[0], "--version")
+	cmd.Env = append(os.Environ(), "VAULTRUN_TEST=well")
+	if out, err := cmd.Output(); err != nil || !strings.HasPrefix(string(out), "vaultrun version ") ||
+		!strings.HasSuffix(string(out), runtime.Version()+"\n") {
+		t.Errorf("%q, %v", out, err)
 	}
 }
