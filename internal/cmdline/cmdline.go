@@ -73,7 +73,8 @@ func Main(p Program) {
 func (p Program) Run(ctx context.Context, args []string) int {
 	app := p.App
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
-	app.ErrWriter = onScreen(app.ErrWriter)
+	out := &output{Writer: app.Writer}
+	app.Writer, app.ErrWriter = out, onScreen(app.ErrWriter)
 	if s, ok := app.ErrWriter.(*screen); ok {
 		context.AfterFunc(ctx, s.end)
 	}
@@ -93,6 +94,9 @@ func (p Program) Run(ctx context.Context, args []string) int {
 		err = app.RunContext(ctx, args)
 	}
 	if err == nil {
+		err = out.err
+	}
+	if err == nil {
 		return 0
 	}
 	text := err.Error()
@@ -108,6 +112,21 @@ func (p Program) Run(ctx context.Context, args []string) int {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})
 	}
 	return exitCode(err)
+}
+
+// An output is standard output, with its first error: no command is done whose output is not whole.
+type output struct {
+	io.Writer
+	err error
+}
+
+func (o *output) Write(data []byte) (int, error) {
+	n, err := o.Writer.Write(data)
+	if err != nil {
+		err = fmt.Errorf("the output is not whole; make room for it, and run the command again: %w", err)
+		o.err = err
+	}
+	return n, err
 }
 
 func exitCode(err error) int {

@@ -127,6 +127,26 @@ func TestListThatFails(t *testing.T) {
 	}
 }
 
+// A command that cannot print its result has failed, also where a result is a text that nobody checks.
+func TestOutputNotWhole(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer full.Close()
+	for _, args := range []string{"text", "text --json"} {
+		var errs strings.Builder
+		p := Program{App: &cli.App{Name: "p", Writer: full, ErrWriter: &errs, Commands: []*cli.Command{{
+			Name: "text", Flags: []cli.Flag{JSON},
+			Action: func(c *cli.Context) error { return Printf(c, "x", "x\n") },
+		}}}}
+		code := p.Run(context.Background(), append([]string{"p"}, strings.Fields(args)...))
+		if code != 1 || strings.Count(errs.String(), "the output is not whole") != 1 {
+			t.Errorf("p %s: exit code %d, %s", args, code, &errs)
+		}
+	}
+}
+
 // A paragraph is filled, whatever the lines of the source are. Lists and examples stay as they are. A flag without a
 // default says nothing of one.
 func TestHelpIsFilled(t *testing.T) {
