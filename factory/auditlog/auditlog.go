@@ -69,14 +69,21 @@ func lineDigest(line []byte) string {
 // Record runs a command, f. It logs that the command begins, and how it has ended, and calls sign for the last line. If
 // the beginning cannot be logged, f is not run.
 func (l Log) Record(command []string, token string, f func() error, sign func(*Head) error) error {
-	if _, err := l.Append(command, token, Begun); err != nil {
+	head, err := l.Append(command, token, Begun)
+	if err != nil {
 		return err
 	}
-	err, result := f(), Done
-	if err != nil {
+	result := Done
+	if err = f(); err != nil {
 		result = err.Error()
 	}
-	head, lerr := l.Append(command, token, result)
+	var lerr error
+	if _, none := os.Stat(filepath.Join(l.Dir, headFile)); err == nil && errors.Is(none, fs.ErrNotExist) {
+		lerr = sign(head) // before the first line that says done: see unsigned
+	}
+	if lerr == nil {
+		head, lerr = l.Append(command, token, result)
+	}
 	if lerr == nil {
 		lerr = sign(head)
 	}
@@ -131,7 +138,8 @@ func (l Log) Sign(s *directory.Signer, head *Head) error {
 }
 
 // unsigned says, by an error of Verify, whether there is no signature since none was made yet: before the line of head,
-// no command was done.
+// no command was done. Record signs before it logs that the first one is: whatever ends it there leaves no line that
+// nobody can sign any more.
 func (l Log) unsigned(err error, head *Head) bool {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return false

@@ -165,6 +165,31 @@ func TestSignNotAnew(t *testing.T) {
 	}
 }
 
+// The first command is ended at its signature, by a crash or a full disk: the next one is recorded all the same.
+func TestFirstSignatureFails(t *testing.T) {
+	signer := newSigner(t)
+	for fails := 1; fails <= 3; fails++ {
+		log, calls := Log{Dir: t.TempDir()}, 0
+		record := func() error {
+			return log.Record([]string{"factory", "init"}, "0123", func() error { return nil }, func(h *Head) error {
+				if calls++; calls == fails {
+					return errors.New("full")
+				}
+				return log.Sign(signer, h)
+			})
+		}
+		if first, second := record(), record(); first == nil && second == nil {
+			t.Errorf("signature %d does not fail", fails)
+		}
+		if err := record(); err != nil {
+			t.Errorf("after signature %d failed: %v", fails, err)
+		}
+		if _, err := log.Verify(directory.NewVerifier(signer.Public())); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // anew is a log that is a chain, but not the one that was signed.
 func anew(t *testing.T, n int) []byte {
 	t.Helper()
