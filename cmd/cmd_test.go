@@ -234,11 +234,11 @@ func same(ts *testscript.TestScript, _ bool, _ []string) {
 	}
 }
 
-// small DIR mounts a file system of 64 kB there, to fill up.
+// small DIR [SIZE] mounts a file system there, of 64 kB if nothing is said, to fill up.
 func small(ts *testscript.TestScript, _ bool, args []string) {
 	dir := ts.MkAbs(args[0])
 	ts.Check(os.MkdirAll(dir, 0o700))
-	ts.Check(syscall.Mount("kmehsm-test", dir, "tmpfs", 0, "size=64k"))
+	ts.Check(syscall.Mount("kmehsm-test", dir, "tmpfs", 0, "size="+append(args, "64k")[1]))
 	ts.Defer(func() { syscall.Unmount(dir, 0) })
 }
 

@@ -117,8 +117,7 @@ func (s *Store) openSQLite(ctx context.Context, path string) error {
 			return f(ctx, sqlconn.SQL{DB: tx}, &s.recent.Heads, known)
 		})
 	}
-	s.inPlace = write.InPlace
-	s.warnings = func(context.Context) ([]string, error) { return nil, write.InPlace() }
+	s.inPlace, s.writable, s.warnings = write.InPlace, write.Writable, write.Warnings
 	s.schema = func(ctx context.Context) (int, error) { return sqlite.Number(ctx, read) }
 	return nil
 }

@@ -33,6 +33,7 @@ type Store struct {
 	soon     func() (done func()) // groupcommit.Writer's
 	warnings func(context.Context) ([]string, error)
 	inPlace  func() error                                  // of SQLite: see sqlite.Writer
+	writable func(context.Context) error                   // likewise
 	schema   func(context.Context) (number int, err error) // of the database
 
 	recent *subscription.Recent
@@ -63,9 +64,13 @@ func (s *Store) Close() error {
 
 func (s *Store) Soon() (done func()) { return s.soon() }
 
-// Ping says whether the store can be read. (SQLite's driver would say so of every open database.)
+// Ping says whether the store can be read; SQLite's, whether it can be written to. (Its driver would say so of every
+// open database.)
 func (s *Store) Ping(ctx context.Context) error {
 	var n int
 	_, err := s.chains.Reads("ping").One(ctx, []any{&n}, "SELECT COUNT(*) FROM manufacturers")
+	if err == nil && s.writable != nil {
+		err = s.writable(ctx)
+	}
 	return err
 }

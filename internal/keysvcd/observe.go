@@ -205,7 +205,7 @@ func observe(
 			func() float64 { return float64(token.Health().Panics) })
 	}
 	labels = nil
-	gauge("kme_store_up", "1 while the store can be reached.", func() float64 {
+	gauge("kme_store_up", "1 while the store can be reached, and, in SQLite, takes changes.", func() float64 {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		defer cancel()
 		return oneIf(store.Ping(ctx) == nil)

@@ -10,7 +10,9 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/mattn/go-sqlite3"
@@ -174,6 +176,8 @@ type Writer struct {
 	file   os.FileInfo // what was there when it was opened
 	log    os.FileInfo // its write-ahead log, which stays as long as a connection is open
 
+	refused atomic.Bool // the disk did not take a change, and was not found to take one since
+
 	savepoint, release, rollback *sql.Stmt // around each change that is kept apart
 	dataVersion                  *sql.Stmt
 
@@ -207,6 +211,9 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 	defer func() {
 		if !whole {
 			w.version++
+		}
+		if slices.ContainsFunc(append(results, err), ofDisk) {
+			w.refused.Store(true)
 		}
 	}()
 	results = make([]error, len(batch))
@@ -261,6 +268,41 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 	}
 	whole = err == nil
 	return results, err
+}
+
+// ofDisk says whether an error is that the disk takes no change: it is full, read-only or broken.
+func ofDisk(err error) bool {
+	e, ok := errors.AsType[sqlite3.Error](err)
+	return ok && (e.Code == sqlite3.ErrFull || e.Code == sqlite3.ErrIoErr || e.Code == sqlite3.ErrReadonly ||
+		e.Code == sqlite3.ErrCantOpen)
+}
+
+// Writable fails if the disk takes no changes, or InPlace fails. Only after the disk has refused a change, this writes
+// one, which changes nothing.
+func (w *Writer) Writable(ctx context.Context) error {
+	if !w.refused.Load() {
+		return w.InPlace()
+	}
+	err := w.Do(ctx, func(ctx context.Context, tx *sqlconn.Tx) error {
+		number, err := Number(ctx, tx)
+		if err == nil {
+			_, err = tx.ExecContext(ctx, fmt.Sprintf("PRAGMA user_version = %d", number))
+		}
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("the database %s takes no changes: %w", w.path, err)
+	}
+	w.refused.Store(false)
+	return nil
+}
+
+// Warnings says whether the database can be read, and takes no changes. It fails as InPlace does.
+func (w *Writer) Warnings(ctx context.Context) (warnings []string, err error) {
+	if w.Writable(ctx) != nil {
+		warnings = []string{"the database takes no changes: make room on its disk, or repair it; the log says why"}
+	}
+	return warnings, w.InPlace()
 }
 
 // InPlace fails if somebody has renamed or removed the database's file or its log, as when another database is written

@@ -4,6 +4,7 @@ import (
 	"context"
 	"database/sql"
 	"errors"
+	"fmt"
 	"math"
 	"os"
 	"path/filepath"
@@ -289,6 +290,41 @@ func TestErrorsNameTheOperation(t *testing.T) {
 	if err := write.Exec(t.Context(), "DELETE FROM t"); !errors.Is(err, groupcommit.ErrClosed) {
 		t.Errorf("a change after Close: %v", err)
 	}
+}
+
+// A database that could not be written to says so until it can.
+func TestWritable(t *testing.T) {
+	_, w := open(t, filepath.Join(t.TempDir(), "db"), "CREATE TABLE a (n INTEGER PRIMARY KEY)")
+	defer w.Close()
+	insert := func() error { return w.Exec(t.Context(), "INSERT INTO a VALUES (1)") }
+	readOnly := func(yes bool) { // to SQLite as a disk that is
+		t.Helper()
+		if _, err := w.db.Exec(fmt.Sprintf("PRAGMA query_only = %v", yes)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writable := func(want bool) {
+		t.Helper()
+		warnings, err := w.Warnings(t.Context())
+		if got := w.Writable(t.Context()); (got == nil) != want || err != nil || (len(warnings) == 0) != want {
+			t.Errorf("writable: %v, want %v; warnings %q, %v", got, want, warnings, err)
+		}
+	}
+	if err := insert(); err != nil {
+		t.Fatal(err)
+	}
+	if err := insert(); err == nil {
+		t.Fatal("a row is there twice")
+	}
+	writable(true) // it was the change that was refused, and not by the disk
+	readOnly(true)
+	if err := insert(); err == nil {
+		t.Fatal("it was changed")
+	}
+	writable(false)
+	writable(false)
+	readOnly(false)
+	writable(true)
 }
 
 // A database whose file was replaced or removed while it is open takes no change: it would be told, and lost.
