@@ -118,15 +118,21 @@ func (c *Chains) actor(ctx context.Context, tx *Tx) ([]byte, error) {
 	for ; ; text = append(text, ' ') { // the same in other bytes, where somebody has changed the row
 		var have string
 		id = c.macs.Of("actors", string(text))
-		if err := tx.Do(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id,
-			string(text)); err != nil {
+		added, err := tx.Changed(ctx, `INSERT INTO actors (actor, json) VALUES ($1, $2) ON CONFLICT DO NOTHING`, id,
+			string(text))
+		if err != nil {
 			return nil, err
 		}
-		if _, err := tx.One(ctx, []any{&have}, `SELECT json FROM actors WHERE actor = $1`, id); err != nil {
+		found, err := tx.One(ctx, []any{&have}, `SELECT json FROM actors WHERE actor = $1`, id)
+		if err != nil {
 			return nil, err
 		}
-		if have == string(text) {
+		if found && have == string(text) {
 			break
+		}
+		if !found || added > 0 {
+			return nil, &binding.DamagedRow{Table: "actors", Key: fmt.Sprintf("%x", id), What: "is not as it was " +
+				"entered just now: look for triggers and rules of the database"}
 		}
 	}
 	tx.After = append(tx.After, func() {

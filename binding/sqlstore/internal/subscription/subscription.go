@@ -139,6 +139,10 @@ func readAnd(
 			head.Seq, head.MAC = r.Int(17), r.Bytes(18)
 			return nil
 		}
+		// A row's MAC says whose it is. The database says what equal means.
+		if r.Text(1) != digits {
+			return tables.Damaged(tables.Bindings, tables.Row{digits, r.Text(0)}, "is of another subscription")
+		}
 		return sub.takeAny(macs, r, now)
 	}, ofIMSI[what], append([]any{digits}, args...)...)
 	if err != nil {
@@ -249,17 +253,23 @@ func (l *last) Note(e binding.Event, seq int64) {
 	l.Closed = max(l.Closed, seq)
 }
 
-// ToChange is Read for whoever will note an entry about it in the same transaction.
+// ToChange is Read for whoever will note an entry about it in the same transaction. So attempts are closed by that
+// entry: it fails if what has closed them last is said to be behind the end of the chain.
 func ToChange(
 	ctx context.Context, macs tables.Key, tx *ledger.Tx, imsi kme.IMSI, now time.Time,
-) (*Stored, error) {
+) (sub *Stored, err error) {
 	chain := ledger.ChainOf(imsi.String())
-	if tx.Heads[chain] != nil {
-		return Read(ctx, macs, tx.Conn, imsi, now)
+	head := tx.Heads[chain]
+	if head != nil {
+		sub, err = Read(ctx, macs, tx.Conn, imsi, now)
+	} else {
+		sub, head, err = readAnd(ctx, macs, tx.Conn, imsi, now, andHead, chain)
 	}
-	sub, head, err := readAnd(ctx, macs, tx.Conn, imsi, now, andHead, chain)
 	if err != nil {
 		return nil, err
+	}
+	if sub.Last.Closed > head.Seq {
+		return nil, tables.Damaged(tables.Ledger, tables.Row{chain, sub.Last.Closed}, "is behind the chain's end")
 	}
 	tx.Heads.Read(chain, *head)
 	return sub, nil

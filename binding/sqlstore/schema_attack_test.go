@@ -1,0 +1,123 @@
+package sqlstore
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
+	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// Whoever owns a database also says what its names mean. This one answers questions about one subscription with the
+// rows of another one, each with its own MAC. On SQLite a view computes its random column twice, to compare it and to
+// show it: in a part of all cases, the two differ. On PostgreSQL, text has another operator =.
+func TestAnotherSubscriptionsRows(t *testing.T) {
+	asked, others := "001010000000001", "001010000000002"
+	views := func(table, column string, columns []string) string {
+		list := strings.Join(append(columns[:len(columns):len(columns)], "mac"), ", ")
+		shown := strings.Replace(list, column, fmt.Sprintf("CASE WHEN %[1]s = '%[2]s' AND random() %% 2 = 0 THEN '%[3]s' "+
+			"ELSE %[1]s END AS %[1]s", column, others, asked), 1)
+		return fmt.Sprintf("ALTER TABLE %[1]s RENAME TO own_%[1]s; CREATE VIEW %[1]s AS SELECT %[2]s FROM own_%[1]s "+
+			"WHERE %[3]s <> '%[4]s';", table, shown, column, asked)
+	}
+	answersForOthers(t, "sqlite:"+path(t), asked, others, "DROP INDEX ledger_by_kme; DROP INDEX ledger_by_subject;"+
+		views("bindings", "imsi", tables.Bindings.Columns)+views("ledger", "subject", tables.Ledger.Columns))
+}
+
+func TestPostgresAnotherSubscriptionsRows(t *testing.T) {
+	asked, others := "001010000000001", "001010000000002"
+	answersForOthers(t, pgtest.Start(t).Database(t), asked, others, fmt.Sprintf(`
+		CREATE FUNCTION same(a text, b text) RETURNS boolean IMMUTABLE LANGUAGE sql AS
+			$$SELECT a OPERATOR(pg_catalog.=) CASE WHEN b OPERATOR(pg_catalog.=) '%s' THEN '%s' ELSE b END$$;
+		CREATE OPERATOR public.= (LEFTARG = text, RIGHTARG = text, FUNCTION = same);
+		ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog`, asked, others))
+}
+
+func answersForOthers(t *testing.T, name, asked, others, do string) {
+	ctx := t.Context()
+	s := must(Open(ctx, name, rowKey))
+	bind := func(imsi string) *binding.Binding {
+		b := newBinding(t, imsi, imsi)
+		beginAttempt(t, s, b)
+		done(t, s.Establish(ctx, b, []byte(imsi), true, t0))
+		q := request(b)
+		q.Ready, q.RANDs[0][0] = b.AttemptID, 1
+		must(s.Prepare(ctx, q))
+		must(s.Report(ctx, b.IMSI, kme.Origin{}, true, t0))
+		return b
+	}
+	own, other := bind(asked), bind(others)
+	done(t, s.Close())
+	must(stranger(t, name).ExecContext(ctx, do))
+
+	s = must(Open(ctx, name, rowKey))
+	defer s.Close()
+	damaged := 0
+	for range 200 {
+		q := binding.VectorRequest{IMSI: own.IMSI, Now: t0, RANDs: make([]hsmkeys.RAND, 1), PendingVectors: 3}
+		q.RANDs[0][0] = 2
+		d, err := s.Prepare(ctx, q)
+		if d.Binding != nil && string(d.Binding.Sealed) == string(other.Sealed) {
+			t.Fatal("a subscription's vectors are made under another one's KME")
+		}
+		if tables.IsDamaged(err) {
+			damaged++
+		}
+	}
+	if damaged == 0 {
+		t.Error("nobody noticed")
+	}
+}
+
+// An entry that a stranger has added with a number that its chain has not reached keeps no attempt open.
+func TestAttemptKeptOpen(t *testing.T) {
+	ctx, p := t.Context(), path(t)
+	s := open(t, p)
+	db := stranger(t, "sqlite:"+p)
+	done(t, s.Note(ctx, "TRIED", "s", ""))
+	must(db.Exec(`INSERT INTO ledger SELECT 99, 1000, at, 'CLOSED', '001010000000001', '', NULL, actor, '', mac FROM
+		ledger`))
+	b := newBinding(t, "001010000000001", "")
+	beginAttempt(t, s, b)
+	var times int
+	for tag := range byte(2) {
+		if s.Establish(ctx, b, []byte{tag}, true, t0) == nil {
+			times++
+		}
+	}
+	if times > 1 {
+		t.Error("an attempt was used twice")
+	}
+}
+
+// A trigger that takes what is entered has the service fail, not wait.
+func TestActorsTaken(t *testing.T) {
+	for what, do := range map[string]string{
+		"taken":   `CREATE TRIGGER take BEFORE INSERT ON actors BEGIN SELECT RAISE(IGNORE); END`,
+		"changed": `CREATE TRIGGER change AFTER INSERT ON actors BEGIN UPDATE actors SET json = 'x'; END`,
+	} {
+		t.Run(what, func(t *testing.T) {
+			p := path(t)
+			s := open(t, p)
+			must(stranger(t, "sqlite:"+p).Exec(do))
+			ended := make(chan error, 1)
+			go func() {
+				ended <- s.Note(binding.WithActor(context.Background(), binding.Actor{Client: "hss"}), "TRIED", "s", "")
+			}()
+			select {
+			case err := <-ended:
+				if !tables.IsDamaged(err) {
+					t.Error(err)
+				}
+			case <-time.After(time.Minute):
+				t.Fatal("it does not end")
+			}
+		})
+	}
+}
