@@ -390,7 +390,7 @@ func TestPostgresReadBeforeFailover(t *testing.T) {
 	}
 	standby.Set(t, "primary_conninfo", "")
 	testproc.Await(t, "the standby is away", func() bool {
-		return strings.Contains(strings.Join(must[[]string](t)(w.store.Warnings(t.Context())), ""), "none is connected")
+		return strings.Contains(strings.Join(must[[]string](t)(w.store.Warnings(t.Context())), ""), "and 0 of them are")
 	})
 	_, err := call()
 	checkRefused(t, "without the standby", err, kme.StoreUnavailable, "")

@@ -384,7 +384,8 @@ func (s *Server) Set(t testing.TB, setting, value string) {
 		err := db.QueryRowContext(t.Context(), "SELECT current_setting($1)", setting).Scan(&now)
 		return err == nil && now == value
 	})
-	time.Sleep(100 * time.Millisecond) // a connection that is idle reads it when it has something to do
+	s.signal(t, syscall.SIGHUP)        // the server's own may come to a connection later than that
+	time.Sleep(100 * time.Millisecond) // the checkpointer tells commits which standbys there are
 }
 
 // Promote makes a standby the server that takes changes. It waits until it does.

@@ -7,6 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -151,30 +154,66 @@ const couldLose = "the store could lose what was confirmed last when its server 
 // Unsynchronised says what is wrong with a server's standbys: nothing if there are none, or if all that is confirmed is
 // also on the disk of each. A base backup is no standby. It asks for no column that a service's role may not read.
 func (db *DB) Unsynchronised(ctx context.Context) (what string, err error) {
-	var synchronous int
-	var asynchronous, names, commit string
-	if err := db.QueryRowContext(ctx, `WITH waits AS (SELECT regexp_split_to_array(lower(
-			current_setting('synchronous_standby_names')), '[ ,()"]+') AS names),
-		standbys AS (SELECT application_name AS name, names && ARRAY['*', lower(application_name)] AS waited
-			FROM pg_stat_replication, waits WHERE application_name <> 'pg_basebackup')
-		SELECT count(*) FILTER (WHERE waited), coalesce(string_agg(name, ', ' ORDER BY name) FILTER (WHERE NOT waited),
-			''), current_setting('synchronous_standby_names'), current_setting('synchronous_commit')
-		FROM standbys`).Scan(&synchronous, &asynchronous, &names, &commit); err != nil {
+	var setting, commit, connected string
+	if err := db.QueryRowContext(ctx, `SELECT current_setting('synchronous_standby_names'),
+		current_setting('synchronous_commit'),
+		coalesce(string_agg(application_name, E'\n' ORDER BY application_name), '')
+		FROM pg_stat_replication WHERE application_name <> 'pg_basebackup'`).Scan(&setting, &commit,
+		&connected); err != nil {
 		return "", err
 	}
+	number, named := waitsFor(setting)
+	var waited, asynchronous []string
+	for standby := range strings.Lines(connected) {
+		standby = strings.TrimSpace(standby)
+		if slices.Contains(named, "*") || slices.Contains(named, strings.ToLower(standby)) {
+			waited = append(waited, standby)
+		} else {
+			asynchronous = append(asynchronous, standby)
+		}
+	}
 	switch {
-	case names != "" && (commit == "local" || commit == "remote_write"):
+	case number > 0 && (commit == "local" || commit == "remote_write"):
 		return fmt.Sprintf(couldLose+"its setting synchronous_commit is %s: what it confirms is not yet on a "+
 			"standby's disk", commit), nil
-	case names != "" && synchronous == 0:
-		return "no change of the store is confirmed: its server waits for a standby that its setting " +
-			"synchronous_standby_names names, and none is connected", nil
-	case names == "" && (asynchronous != "" || db.hosts > 1):
+	case len(waited) < number:
+		return fmt.Sprintf("no change of the store is confirmed: its server waits for %d of the standbys that its "+
+			"setting synchronous_standby_names names, and %d of them are connected", number, len(waited)), nil
+	case number == 0 && (len(asynchronous) > 0 || db.hosts > 1):
 		return couldLose + "its standbys are asynchronous, since its setting synchronous_standby_names is empty", nil
-	case asynchronous != "":
-		return couldLose + "these standbys, which could take its place, are asynchronous: " + asynchronous, nil
+	case len(asynchronous) > 0:
+		return couldLose + "these standbys, which could take its place, are asynchronous: " +
+			strings.Join(asynchronous, ", "), nil
+	case len(waited) > number:
+		return fmt.Sprintf(couldLose+"it waits for %d of these standbys, and each other one is asynchronous: %s",
+			number, strings.Join(waited, ", ")), nil
 	}
 	return "", nil
+}
+
+// The syntax of synchronous_standby_names: names, or a number before them: FIRST 2 (a, b), ANY 2 (a, b), 2 (a, b).
+var (
+	numbered    = regexp.MustCompile(`(?i)^\s*(?:(?:first|any)\s*)?(\d+)\s*\(`)
+	standbyName = regexp.MustCompile(`"(?:[^"]|"")*"|[^\s,()"]+`)
+)
+
+// waitsFor parses synchronous_standby_names: for how many standbys a commit waits, and for which, in lower case.
+func waitsFor(setting string) (number int, names []string) {
+	list, number := setting, 1
+	if begin := numbered.FindStringSubmatch(setting); begin != nil {
+		list = setting[len(begin[0]):]
+		number, _ = strconv.Atoi(begin[1]) // PostgreSQL has checked it
+	}
+	for _, name := range standbyName.FindAllString(list, -1) {
+		if quoted, ok := strings.CutPrefix(name, `"`); ok {
+			name = strings.ReplaceAll(strings.TrimSuffix(quoted, `"`), `""`, `"`)
+		}
+		names = append(names, strings.ToLower(name))
+	}
+	if len(names) == 0 {
+		return 0, nil
+	}
+	return number, names
 }
 
 // Alone makes a change while no other is made, whichever instance makes it. It returns when the change is durable; an

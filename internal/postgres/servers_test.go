@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"database/sql"
+	"fmt"
 	"net"
 	"net/url"
 	"path/filepath"
@@ -16,6 +17,10 @@ import (
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
+
+// tooFew is what is said of fewer standbys than a server waits for.
+const tooFew = "no change of the store is confirmed: its server waits for %d of the standbys that its setting " +
+	"synchronous_standby_names names, and %d of them are connected"
 
 // with is a connection string with other parameters.
 func with(t *testing.T, name string, change func(url.Values)) string {
@@ -89,7 +94,7 @@ func TestPostgresNoStandby(t *testing.T) {
 		t.Errorf("a server without standbys: %q, %v", what, err)
 	}
 	server.Set(t, "synchronous_standby_names", "*")
-	if what, err := db.Unsynchronised(t.Context()); !strings.Contains(what, "none is connected") || err != nil {
+	if what, err := db.Unsynchronised(t.Context()); !strings.Contains(what, fmt.Sprintf(tooFew, 1, 0)) || err != nil {
 		t.Errorf("a server that waits for a standby: %q, %v", what, err)
 	}
 }
@@ -108,12 +113,25 @@ func TestPostgresWhichStandbys(t *testing.T) {
 		want      string
 	}{
 		{"", []string{"pg_basebackup"}, ""},
-		{"*", []string{"pg_basebackup"}, "none is connected"},
+		{"*", []string{"pg_basebackup"}, fmt.Sprintf(tooFew, 1, 0)},
 		{"", []string{"far"}, "its standbys are asynchronous"},
-		{"near", []string{"far"}, "none is connected"},
+		{"near", []string{"far"}, fmt.Sprintf(tooFew, 1, 0)},
 		{`"Near", nearer`, []string{"near", "far", "farther"}, "asynchronous: far, farther"},
-		{"ANY 1 (near, far)", []string{"near", "far"}, ""},
-		{"*", []string{"near", "far"}, ""},
+		{`"near,""1"""`, []string{`near,"1"`}, ""},
+		{"ANY 1 (near, far)", []string{"near"}, ""},
+		{`"first"`, []string{"first"}, ""},
+		{"First 1 (near)", []string{"first", "near"}, "asynchronous: first"},
+		// All of them, and too few.
+		{"FIRST 2 (*)", []string{"near"}, fmt.Sprintf(tooFew, 2, 1)},
+		{"any 2(near, far)", []string{"near", "farther"}, fmt.Sprintf(tooFew, 2, 1)},
+		{"2 (near, far, farther)", []string{"far"}, fmt.Sprintf(tooFew, 2, 1)},
+		{"FIRST 2 (*)", []string{"near", "far"}, ""},
+		{"ANY 2 (near, far)", []string{"near", "far"}, ""},
+		// More than the server waits for: the others may lack what was confirmed.
+		{"ANY 1 (near, far)", []string{"near", "far"}, "it waits for 1 of these standbys, and each other one is " +
+			"asynchronous: far, near"},
+		{"*", []string{"near", "far"}, "it waits for 1 of these standbys"},
+		{"FIRST 2 (*)", []string{"near", "far", "farther"}, "it waits for 2 of these standbys"},
 	} {
 		server.Set(t, "synchronous_standby_names", c.names)
 		var standbys []*pgconn.PgConn
