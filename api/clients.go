@@ -229,18 +229,19 @@ func (c *Clients) OtherUsers(own int) bool {
 	return false
 }
 
-// of is the client of a caller; nil if it is none. A certificate's first known name counts.
+// of is the client of a caller; nil if it is none. A certificate's first known name counts. A CA may let applicants
+// choose names of one kind: so what looks like a URI is no DNS name, and the other way round.
 func (c *Clients) of(certificate *x509.Certificate, uid int) *Client {
 	if certificate == nil {
 		return c.byUID[uid]
 	}
 	for _, name := range certificate.DNSNames {
-		if e := c.bySAN[name]; e != nil {
+		if e := c.bySAN[name]; e != nil && !strings.Contains(name, ":") {
 			return e
 		}
 	}
 	for _, uri := range certificate.URIs {
-		if e := c.bySAN[uri.String()]; e != nil {
+		if e := c.bySAN[uri.String()]; e != nil && uri.IsAbs() {
 			return e
 		}
 	}
