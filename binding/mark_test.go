@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -12,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -96,5 +98,43 @@ func TestStartedWithAnEarlierDatabase(t *testing.T) {
 				t.Errorf("after it was accepted: %v", err)
 			}
 		})
+	}
+}
+
+// Of two instances with copies of one database, one refuses soon after the other one has written, also if it writes
+// nothing itself: a binding that was revoked in one copy is not served from the other.
+func TestForkedDatabase(t *testing.T) {
+	ctx, key, token := t.Context(), kme.RandomSecret(), new(markToken)
+	dirs := []string{t.TempDir(), filepath.Join(t.TempDir(), "copy")}
+	open := func(dir string) *sqlstore.Store {
+		return must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(dir), key))
+	}
+	note := func(s *sqlstore.Store) error { return s.Note(ctx, "TRIED", "s", "") }
+	first := open(dirs[0])
+	if err := errors.Join(note(first), mark.Raise(ctx, first, token), first.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(dirs[1], os.DirFS(dirs[0])); err != nil {
+		t.Fatal(err)
+	}
+	stores := []*sqlstore.Store{open(dirs[0]), open(dirs[1])}
+	for _, s := range stores {
+		defer s.Close()
+		if err := mark.Check(ctx, s, token); err != nil {
+			t.Fatal(err)
+		}
+		kept, stop := context.WithCancel(ctx)
+		defer stop()
+		go mark.Keep(kept, s, token, func() {}, slog.New(slog.DiscardHandler))
+	}
+	if err := note(stores[0]); err != nil {
+		t.Fatal(err)
+	}
+	testproc.Await(t, "the copy is refused", func() bool {
+		_, err := stores[1].Subscription(ctx, newIMSI(), time.Now())
+		return errors.Is(err, binding.ErrRolledBack)
+	})
+	if err := note(stores[0]); err != nil {
+		t.Errorf("the database that goes on is refused, too: %v", err)
 	}
 }

@@ -3,6 +3,7 @@
 package mark
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -228,7 +229,10 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 		case <-look.C:
 			var err error
 			if !behind {
-				_, err = store.Check(ctx, new(binding.Mark)) // with what this process has seen
+				// The mark also has what other instances have seen: this one may have been given a copy of their
+				// database. Without it, what this process has seen is left to compare with.
+				mark, _ := Read(ctx, token)
+				_, err = store.Check(ctx, cmp.Or(mark, new(binding.Mark)))
 				behind = errors.Is(err, binding.ErrRolledBack)
 			}
 			if behind { // by now it may be accepted, or the right database is back
