@@ -9,6 +9,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/tables"
+	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/kme"
@@ -32,11 +33,45 @@ func TestAnotherSubscriptionsRows(t *testing.T) {
 
 func TestPostgresAnotherSubscriptionsRows(t *testing.T) {
 	asked, others := "001010000000001", "001010000000002"
-	answersForOthers(t, pgtest.Start(t).Database(t), asked, others, fmt.Sprintf(`
+	answersForOthers(t, pgtest.Start(t).Database(t), asked, others, equal(asked, others))
+}
+
+// equal has PostgreSQL give others' rows where asked's are asked for.
+func equal(asked, others string) string {
+	return fmt.Sprintf(`
 		CREATE FUNCTION same(a text, b text) RETURNS boolean IMMUTABLE LANGUAGE sql AS
 			$$SELECT a OPERATOR(pg_catalog.=) CASE WHEN b OPERATOR(pg_catalog.=) '%s' THEN '%s' ELSE b END$$;
 		CREATE OPERATOR public.= (LEFTARG = text, RIGHTARG = text, FUNCTION = same);
-		ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog`, asked, others))
+		ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog;`, asked, others)
+}
+
+// No row gets another one's KME when KMEs are sealed again.
+func TestPostgresResealAnothersRow(t *testing.T) {
+	ctx, name := t.Context(), pgtest.Start(t).Database(t)
+	s := must(Open(ctx, name, rowKey))
+	var all []*binding.Binding
+	for n := range 2 {
+		b := newBinding(t, fmt.Sprint("00101000000000", n+1), fmt.Sprint(n))
+		beginAttempt(t, s, b)
+		done(t, s.Establish(ctx, b, []byte{byte(n)}, true, t0))
+		all = append(all, b)
+	}
+	done(t, s.Close())
+	db := stranger(t, name)
+	must(db.ExecContext(ctx, equal(all[0].IMSI.String(), all[1].IMSI.String())+`
+		CREATE FUNCTION same(a bytea, b bytea) RETURNS boolean IMMUTABLE LANGUAGE sql AS 'SELECT true';
+		CREATE OPERATOR public.= (LEFTARG = bytea, RIGHTARG = bytea, FUNCTION = same)`))
+
+	s = must(Open(ctx, name, rowKey))
+	defer s.Close()
+	if _, err := s.Reseal(ctx, []tokenkeys.Resealed{{Sealed: tokenkeys.Sealed{IMSI: all[0].IMSI, State: binding.Pending,
+		KME: all[0].Sealed}, Again: []byte("again")}}); !tables.IsDamaged(err) {
+		t.Error(err)
+	}
+	must(db.ExecContext(ctx, `ALTER ROLE CURRENT_USER RESET search_path`))
+	again := must(Open(ctx, name, rowKey))
+	defer again.Close()
+	checkBinding(t, again, all[1])
 }
 
 func answersForOthers(t *testing.T, name, asked, others, do string) {

@@ -50,6 +50,9 @@ func (s *Store) Reseal(ctx context.Context, all []tokenkeys.Resealed) (changed i
 			s.recent.Forget(r.IMSI.String())
 			var again []any
 			err := s.macs.Each(ctx, tx.Conn, tables.Bindings, func(now tables.Row) error {
+				if now.Text(0) != r.IMSI.String() || !bytes.Equal(now.Bytes(6), r.KME) {
+					return tables.Damaged(tables.Bindings, now, "is not the one that was asked for")
+				}
 				again = slices.Clone(now)
 				again[6] = r.Again
 				return nil
