@@ -58,6 +58,26 @@ func TestPageCommands(t *testing.T) {
 	})
 }
 
+// The same for docs/backup-postgresql.md, which makes its own server.
+func TestPostgresPageCommands(t *testing.T) {
+	t.Parallel()
+	before, _, _ := strings.Cut(read(t, "README.md"), "**9. Stop and clean up.**")
+	token, _, found := strings.Cut(read(t, "docs/backup.md"), "\n## The database and the ledger")
+	if !found {
+		t.Fatal("docs/backup.md has no such section")
+	}
+	tools := t.TempDir()
+	if os.Getuid() != 0 { // then the server's user is this one
+		for name, does := range map[string]string{"runuser": `shift 3; exec "$@"`, "chown": ":"} {
+			err := os.WriteFile(filepath.Join(tools, name), []byte("#!/bin/sh\n"+does+"\n"), 0o700)
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	runPage(t, before+"\n"+token+"\n"+read(t, "docs/backup-postgresql.md"), tools)
+}
+
 // docs/calls.md has every call: by curl, but for streams, and by grpcurl.
 func TestEveryCall(t *testing.T) {
 	page := read(t, "docs/calls.md")

@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
@@ -118,8 +119,9 @@ const (
 	serves = "a newer release has upgraded the store to schema version 2, and this one knows 1"
 )
 
-// Two instances of one release on PostgreSQL are replaced by a later one's, one after the other and under load, while a
-// balancer asks /readyz: no call fails. What the earlier release cannot work with, it refuses.
+// Two instances of one release on PostgreSQL are replaced by a later one's, one after the other and under load of whole
+// attaches and other calls, while a balancer asks /readyz: no call fails. What the earlier release cannot work with, it
+// refuses.
 func TestPostgresUpgradeAtNoon(t *testing.T) {
 	t.Parallel()
 	buildLater(t)
@@ -137,7 +139,7 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 	for _, name := range []string{"a", "b"} {
 		must.Do(t, os.Mkdir(w.path("state-"+name), 0o700))
 		must.Do(t, os.WriteFile(w.path(name+".yaml"), fmt.Appendf(nil,
-			"state: state-%s\nsocket: %[1]s\nstore: %q\ndrain_delay: 3s\n", name, store), 0o600))
+			"state: state-%s\nsocket: %[1]s\nstore: %q\ndrain_delay: 3s\nimei_rate: 1000\n", name, store), 0o600))
 		urls = append(urls, "unix:"+w.path(name))
 	}
 	a, b := w.start("keysvc", "a"), w.start("keysvc", "b")
@@ -146,13 +148,49 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 
 	ctx, stop := context.WithCancel(t.Context())
 	var load sync.WaitGroup
-	var attached, streamed, balanced atomic.Int64
+	var begun, attached, streamed, balanced atomic.Int64
 	imsi := func(n int64) kme.IMSI {
 		one, err := kme.ParseIMSI(fmt.Sprintf("0010100000%05d", n))
 		if err != nil {
 			t.Error(err)
 		}
 		return one
+	}
+	attach := func(d device) error {
+		one, plain := imsi(50000+begun.Add(1)), w.plaintext(d)
+		v, err := c.PrepareVector(t.Context(), one, client.Origin{}, client.RAND{1})
+		if err != nil {
+			return err
+		}
+		imei, err := kme.ParseIMEI(d.imei)
+		if err != nil {
+			return err
+		}
+		e, err := c.EstablishKME(t.Context(), one, client.Origin{}, imei, v.AttemptID, w.encrypt(d, plain))
+		if err != nil || e.NWSig != plain.NWSig() {
+			return fmt.Errorf("%+v, %w", e, err)
+		}
+		v, err = c.PrepareVector(t.Context(), one, client.Origin{}, client.RAND{2})
+		if err != nil || v.AttemptID != "" {
+			return fmt.Errorf("%+v, %w", v, err)
+		}
+		r, err := c.ReportAuthentication(t.Context(), one, client.Origin{}, true)
+		if err != nil || r.State != kmev1.State_ACTIVE {
+			return fmt.Errorf("%+v, %w", r, err)
+		}
+		attached.Add(1)
+		return nil
+	}
+	must.Do(t, attach(devices[0]))
+	bound := imsi(50001)
+	for _, d := range devices[:4] {
+		load.Go(func() {
+			for ctx.Err() == nil {
+				if err := attach(d); err != nil {
+					t.Errorf("an attach: %v", err)
+				}
+			}
+		})
 	}
 	for worker := range int64(4) {
 		load.Go(func() {
@@ -165,56 +203,42 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 					v.AttemptID == "" {
 					t.Errorf("%+v, %v", v, err)
 				}
-				if all := attached.Load(); all > 0 {
-					v, err := c.PrepareVector(t.Context(), imsi(n%all), client.Origin{}, client.RAND{3})
-					if err != nil || v.AttemptID != "" {
-						t.Errorf("a bound subscription: %+v, %v", v, err)
-					}
-					_, err = c.ReportAuthentication(t.Context(), imsi(n%all), client.Origin{}, false)
-					if err != nil {
-						t.Error(err)
-					}
+				v, err := c.PrepareVector(t.Context(), bound, client.Origin{}, client.RAND{3})
+				if err != nil || v.AttemptID != "" {
+					t.Errorf("a bound subscription: %+v, %v", v, err)
+				}
+				if _, err = c.ReportAuthentication(t.Context(), bound, client.Origin{}, false); err != nil {
+					t.Error(err)
 				}
 				streamed.Add(1)
 			}
 		})
 	}
 	load.Go(func() { w.balance(ctx, []string{"a", "b"}, &balanced) })
-	attach := func() {
-		t.Helper()
-		n := attached.Load()
-		d, one := devices[n], imsi(n)
-		v, err := c.PrepareVector(t.Context(), one, client.Origin{}, client.RAND{1})
-		if err != nil {
-			t.Fatal(err)
-		}
-		p := w.plaintext(d)
-		e, err := c.EstablishKME(t.Context(), one, client.Origin{}, must.Get[kme.IMEI](t)(kme.ParseIMEI(d.imei)),
-			v.AttemptID, w.encrypt(d, p))
-		if err != nil || e.NWSig != p.NWSig() {
-			t.Fatalf("%+v, %v", e, err)
-		}
-		if _, err := c.PrepareVector(t.Context(), one, client.Origin{}, client.RAND{2}); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := c.ReportAuthentication(t.Context(), one, client.Origin{}, true); err != nil {
-			t.Fatal(err)
-		}
-		attached.Add(1)
-	}
 	shared := func() { // until both instances have their share, and of all kinds of calls
 		t.Helper()
-		before, too := streamed.Load(), balanced.Load()
+		before, too, whole := streamed.Load(), balanced.Load(), attached.Load()
 		time.Sleep(time.Second) // a client asks every half a second whether an instance is ready
 		testproc.Await(t, "calls are made", func() bool {
-			return streamed.Load() > before+20 && balanced.Load() > too+20
+			return streamed.Load() > before+20 && balanced.Load() > too+20 && attached.Load() > whole+10
 		})
-		attach()
+	}
+	drain := func(p *testproc.Process) {
+		t.Helper()
+		before := attached.Load()
+		w.stop(p)
+		during := attached.Load() - before
+		_, draining, _ := strings.Cut(p.Log.String(), `"draining"`)
+		here := strings.Count(draining, `"imsi":"00101000005`)
+		t.Logf("%d attaches while an instance ended; when its streams ended it was at work on %d KMEs", during, here)
+		if during < 4 {
+			t.Error("nobody has attached while an instance ended")
+		}
 	}
 	shared()
 	w.run(w.operator, later, upgrade...)
 	shared()
-	w.stop(a)
+	drain(a)
 	a = w.start(later, "a")
 	shared()
 	asking := over(w.path("b"))
@@ -225,10 +249,10 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 	if !strings.Contains(string(said), serves) {
 		t.Errorf("/readyz of the earlier release, which runs on: %s", said)
 	}
-	w.stop(b)
+	drain(b)
 	b = w.start("keysvc", "b") // and back: it serves beside the later one
 	shared()
-	w.stop(b)
+	drain(b)
 	if !strings.Contains(b.Log.String(), serves) {
 		t.Errorf("the log of the earlier release, which was started anew:\n%s", b.Log)
 	}
@@ -240,7 +264,8 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 	shared()
 	stop()
 	load.Wait()
-	t.Logf("%d rounds by streams, %d calls by the balancer", streamed.Load(), balanced.Load())
+	t.Logf("%d attaches, %d rounds of other calls, %d calls by the balancer", attached.Load(), streamed.Load(),
+		balanced.Load())
 	w.stop(a)
 	w.stop(b)
 	cmd := w.command(w.operator, later, upgrade...)

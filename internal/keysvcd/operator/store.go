@@ -143,7 +143,7 @@ func BackUpStore(
 	if !ok {
 		return nil, usage.Errorf("this store is in PostgreSQL, whose own tools make its backups while the service " +
 			"runs: pg_dump --format=custom one of this moment; pg_basebackup with a WAL archive (archive_command) " +
-			"one that can be brought back to any moment; docs/backup.md has the commands")
+			"one that can be brought back to any moment; docs/backup-postgresql.md has the commands")
 	}
 	if info, err := os.Stat(filepath.Dir(to)); err != nil || !info.IsDir() {
 		return nil, fmt.Errorf("there is no folder %s for the backup", filepath.Dir(to))
