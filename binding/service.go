@@ -16,6 +16,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/sightings"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/cache"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -48,7 +49,7 @@ type Service struct {
 
 	// open caches the last open attempt of each IMSI, so that EstablishKME need not read it from the store. Another
 	// process may have closed it since: then the store refuses to establish.
-	open *otter.Cache[kme.IMSI, Attempt]
+	open cache.Cache[kme.IMSI, Attempt]
 }
 
 // maxOpen bounds the memory for open.
@@ -93,7 +94,7 @@ func NewService(o Options) *Service {
 		token: o.Token, store: o.Store, log: slog.New(actorLog{Handler: o.Log.Handler()}), times: o.Times,
 		lots: cmp.Or(o.Lots, new(registry.Lots)), limits: limits.NewGate(o.Limits), metrics: o.Metrics,
 		unknown: limits.NewStrangers(),
-		open: otter.Must(&otter.Options[kme.IMSI, Attempt]{
+		open: cache.New(&otter.Options[kme.IMSI, Attempt]{
 			MaximumSize: maxOpen, ExpiryCalculator: otter.ExpiryWriting[kme.IMSI, Attempt](o.Times.Attempt),
 		}),
 	}

@@ -7,13 +7,14 @@ import (
 	"github.com/maypok86/otter/v2/stats"
 
 	"github.com/kmehsm/kmehsm/directory/internal/packed"
+	"github.com/kmehsm/kmehsm/internal/cache"
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // A Cache keeps what Readers have read. All Readers share its size. It may be used concurrently.
 type Cache struct {
-	shards *otter.Cache[cacheKey, *packedShard]
-	parts  *otter.Cache[cacheKey, *storedPart] // of revocations
+	shards cache.Cache[cacheKey, *packedShard]
+	parts  cache.Cache[cacheKey, *storedPart] // of revocations
 }
 
 // DefaultCacheBytes is the size of the Cache of a Reader that is given none.
@@ -23,7 +24,7 @@ const DefaultCacheBytes = 64 << 20
 func NewCache(bytes int64, recorder stats.Recorder) *Cache {
 	const overhead = 256 // of an entry, about
 	return &Cache{
-		shards: otter.Must(&otter.Options[cacheKey, *packedShard]{
+		shards: cache.New(&otter.Options[cacheKey, *packedShard]{
 			StatsRecorder: recorder,
 			MaximumWeight: uint64(bytes - bytes/8),
 			Weigher:       func(_ cacheKey, s *packedShard) uint32 { return uint32(s.keys.Bytes() + overhead) },
@@ -34,7 +35,7 @@ func NewCache(bytes int64, recorder stats.Recorder) *Cache {
 				return 365 * 24 * time.Hour // a published shard never changes
 			}),
 		}),
-		parts: otter.Must(&otter.Options[cacheKey, *storedPart]{
+		parts: cache.New(&otter.Options[cacheKey, *storedPart]{
 			MaximumWeight: uint64(bytes / 8),
 			Weigher:       func(_ cacheKey, p *storedPart) uint32 { return uint32(p.size + overhead) },
 		}),

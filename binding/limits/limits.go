@@ -8,6 +8,7 @@ import (
 	"github.com/maypok86/otter/v2"
 	"golang.org/x/time/rate"
 
+	"github.com/kmehsm/kmehsm/internal/cache"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -82,13 +83,13 @@ func (l *Gate) Established(imei kme.IMEI) {
 }
 
 type rates[K comparable] struct {
-	cache *otter.Cache[K, *rate.Limiter]
+	cache cache.Cache[K, *rate.Limiter]
 	rate  rate.Limit
 	burst int
 }
 
 func newRates[K comparable](l Limits) *rates[K] {
-	return &rates[K]{cache: otter.Must(&otter.Options[K, *rate.Limiter]{
+	return &rates[K]{cache: cache.New(&otter.Options[K, *rate.Limiter]{
 		MaximumSize: maxRates, ExpiryCalculator: otter.ExpiryAccessing[K, *rate.Limiter](time.Hour),
 	}), rate: rate.Limit(l.IMEIRate), burst: max(l.IMEIBurst, 1)}
 }

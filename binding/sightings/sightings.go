@@ -11,6 +11,7 @@ import (
 	"github.com/maypok86/otter/v2"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/kmehsm/kmehsm/internal/cache"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -78,7 +79,7 @@ const (
 // A History notes with which devices subscriptions are seen. No call waits for it.
 type History struct {
 	o       Options
-	recent  *otter.Cache[kme.IMSI, lately]
+	recent  cache.Cache[kme.IMSI, lately]
 	queue   chan Sighting
 	moves   *prometheus.CounterVec
 	dropped prometheus.Counter
@@ -101,7 +102,7 @@ func (l *lately) at(e Evidence) *time.Time {
 func New(o Options) *History {
 	h := &History{
 		o: o, queue: make(chan Sighting, maxUnseen),
-		recent: otter.Must(&otter.Options[kme.IMSI, lately]{MaximumSize: maxRecent}),
+		recent: cache.New(&otter.Options[kme.IMSI, lately]{MaximumSize: maxRecent}),
 		moves: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_equipment_moves_total",
 			Help: "Subscriptions that were seen with another device than before, by evidence."}, []string{"evidence"}),
 		dropped: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_sightings_dropped_total",
