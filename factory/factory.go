@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
@@ -59,7 +60,8 @@ func refuseWeak(ctx context.Context, token Token) error {
 // CreateLots at once may take the same IMEIs: one process at a time makes lots.
 type Line struct {
 	token    Token
-	store    directory.Store
+	store    directory.Store // guarded
+	guard    *memory.Guard
 	signer   *directory.Signer
 	verifier *directory.Verifier
 	reader   *directory.Reader
@@ -73,8 +75,10 @@ func NewLine(token Token, store directory.Store, state State) (*Line, error) {
 		return nil, err
 	}
 	verifier := directory.NewVerifier(signer.Public())
-	reader := directory.NewReader(store, verifier, directory.ReaderOptions{})
-	return &Line{token: token, store: store, signer: signer, verifier: verifier, reader: reader, state: state}, nil
+	guard := memory.NewGuard(store, state.Dir, verifier)
+	reader := directory.NewReader(guard, verifier, directory.ReaderOptions{})
+	return &Line{token: token, store: guard, guard: guard, signer: signer, verifier: verifier, reader: reader,
+		state: state}, nil
 }
 
 // Manufacturer is the RFC 7638 thumbprint of the line's first signing key.

@@ -92,6 +92,7 @@ func TestRefresh(t *testing.T) {
 		}
 	}
 	removeObject(t, dir, directory.RevocationsPath("L1"))
+	removeObject(t, line.state.Dir, directory.RevocationsPath("L1")) // the line's copy
 	if _, err := line.Refresh(ctx, "L1", 0, false); !errors.Is(err, directory.ErrNotFound) ||
 		!strings.Contains(err.Error(), "--begin") {
 		t.Errorf("a list that is not there was signed anew: %v", err)

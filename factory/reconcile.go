@@ -155,11 +155,15 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 // compareRevocations looks at a lot's list of revoked devices and its parts, and at the packages of reissued keys.
 func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *directory.Manifest, dir string) error {
 	isRefused := func(err error) bool {
-		refused := errors.As(err, new(*directory.RefusedError))
-		if refused {
+		refused, ok := errors.AsType[*directory.RefusedError](err)
+		switch {
+		case ok && refused.Rollback:
+			r.differs(fmt.Sprintf("directory: %v", err), "publish the line's copies; what another line has revoked "+
+				"since, revoke again", func(ctx context.Context) error { return l.guard.PutBack(ctx, m.Lot) })
+		case ok:
 			r.differs(fmt.Sprintf("directory: %v", err), objectBack, nil)
 		}
-		return refused
+		return ok
 	}
 	list, err := l.Revocations(ctx, m)
 	if errors.Is(err, directory.ErrNotFound) {

@@ -134,7 +134,7 @@ func TestRevocationsReconciled(t *testing.T) {
 	revoke := func(i int) error { return line.Revoke(ctx, "L1", []kme.IMEI{m.IMEI(i)}, "stolen", nil) }
 	problems := func() string {
 		t.Helper()
-		return strings.Join(must(inspect.Lot(ctx, line.store, line.verifier, "L1", out, nil)).Problems, "\n")
+		return strings.Join(must(inspect.Lot(ctx, line.guard.Store, line.verifier, "L1", out, nil)).Problems, "\n")
 	}
 	reconcile := func(repair bool) *Reconciliation {
 		t.Helper()
@@ -167,7 +167,8 @@ func TestRevocationsReconciled(t *testing.T) {
 		m.IMEI(2)); err != nil || d.Revoked == nil {
 		t.Errorf("%+v, %v", d, err)
 	}
-	// The store goes back to the first part.
+	// The store goes back to the first part, and the line has no copy.
+	removeObject(t, line.state.Dir, directory.RevocationPartPath("L1", 0))
 	if err := errors.Join(os.WriteFile(part, first, 0o600), os.WriteFile(filepath.Join(filepath.Dir(part), "x"), nil,
 		0o600)); err != nil {
 		t.Fatal(err)

@@ -1,0 +1,157 @@
+package memory
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/durable"
+)
+
+// A Guard is the directory of a line, whose lists of revoked devices, and their parts, never go back. A copy of the
+// last one that was read or published is in the line's folder, by the same path. Without it, whoever runs the directory
+// could put an earlier list back, and the line would sign it anew, as a later one.
+type Guard struct {
+	directory.Store
+	dir      string
+	verifier *directory.Verifier
+}
+
+// NewGuard guards a directory, with the copies in the line's folder dir. One process at a time may use it.
+func NewGuard(store directory.Store, dir string, v *directory.Verifier) *Guard {
+	return &Guard{Store: store, dir: dir, verifier: v}
+}
+
+// Read is the store's. It refuses a list, or a part, that is earlier than the line's copy, another of the same version,
+// or not there.
+func (g *Guard) Read(ctx context.Context, path string) ([]byte, string, error) {
+	jws, version, err := g.Store.Read(ctx, path)
+	if !changes(path) || err != nil && !errors.Is(err, directory.ErrNotFound) {
+		return jws, version, err
+	}
+	if rerr := g.follow(path, jws); rerr != nil {
+		return nil, "", rerr
+	}
+	return jws, version, err
+}
+
+// Update is the store's.
+func (g *Guard) Update(ctx context.Context, path string, jws []byte, version string) error {
+	err := g.Store.Update(ctx, path, jws, version)
+	if err == nil && changes(path) {
+		err = g.keep(path, jws)
+	}
+	return err
+}
+
+// PutBack publishes the line's copies of a lot's list and its parts again, where Read refuses what is there. The parts come first, as the list names them.
+func (g *Guard) PutBack(ctx context.Context, lot string) error {
+	names, err := os.ReadDir(g.file(directory.RevocationPartsPath(lot)))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	var paths []string
+	for _, e := range names {
+		paths = append(paths, directory.RevocationPartsPath(lot)+"/"+e.Name())
+	}
+	for _, path := range append(paths, directory.RevocationsPath(lot)) {
+		have, version, err := g.Store.Read(ctx, path)
+		if err != nil && !errors.Is(err, directory.ErrNotFound) {
+			return err
+		}
+		if !errors.As(g.follow(path, have), new(*directory.RefusedError)) {
+			continue
+		}
+		kept, err := os.ReadFile(g.file(path))
+		if err == nil {
+			err = g.Store.Update(ctx, path, kept, version)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// changes says whether an object is one of those that are replaced: a list of revoked devices, or a part of one.
+func changes(path string) bool {
+	names := strings.Split(path, "/")
+	return len(names) == 3 && names[2] == "revocations" || len(names) == 4 && names[2] == "revoked"
+}
+
+func (g *Guard) file(path string) string { return filepath.Join(g.dir, filepath.FromSlash(path)) }
+
+// follow keeps an object that is later than the line's copy, and refuses one that is not, unless it is the same. jws is
+// nil if there is none.
+func (g *Guard) follow(path string, jws []byte) error {
+	kept, err := os.ReadFile(g.file(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		kept, err = nil, nil
+	}
+	if err != nil || bytes.Equal(jws, kept) {
+		return err
+	}
+	was, err := g.version(path, kept)
+	if err != nil {
+		return fmt.Errorf("the line's copy %s is damaged: bring it back from a backup of the folder: %v", g.file(path),
+			err)
+	}
+	now, err := g.version(path, jws)
+	what := "it is not there"
+	switch refused, ok := errors.AsType[*directory.RefusedError](err); {
+	case kept == nil && err != nil:
+		return err
+	case now > was:
+		return g.keep(path, jws)
+	case ok:
+		what = refused.Reason
+	case now > 0:
+		what = fmt.Sprintf("it has version %d", now)
+	}
+	return &directory.RefusedError{Object: path, Rollback: true, Reason: fmt.Sprintf("%s, and the line's copy is "+
+		"another one, of version %d: find out who changed the directory; factory reconcile --repair publishes the "+
+		"copy", what, was)}
+}
+
+func (g *Guard) keep(path string, jws []byte) error {
+	file := g.file(path)
+	err := durable.MkdirAll(filepath.Dir(file), 0o755)
+	if err == nil {
+		err = durable.WriteFile(file, jws, 0o644)
+	}
+	if err != nil {
+		err = fmt.Errorf("the line's copy of %s cannot be written: %w", path, err)
+	}
+	return err
+}
+
+// version is that of an object, which must be the one that belongs at this path: a later one of another lot is not
+// kept. It is 0 if jws is nil.
+func (g *Guard) version(path string, jws []byte) (version int, err error) {
+	if jws == nil {
+		return 0, nil
+	}
+	belongs := ""
+	if strings.HasSuffix(path, "/revocations") {
+		var list directory.Revocations
+		err = g.verifier.Verify(directory.TypeRevocations, path, jws, &list)
+		version, belongs = list.Version, directory.RevocationsPath(list.Lot)
+	} else {
+		var part directory.RevocationPart
+		err = g.verifier.Verify(directory.TypeRevocationPart, path, jws, &part)
+		version, belongs = part.Version, directory.RevocationPartPath(part.Lot, part.Part)
+	}
+	if err == nil && belongs != path {
+		err = &directory.RefusedError{Object: path, Reason: "it is " + belongs}
+	}
+	if err != nil {
+		return 0, err
+	}
+	return version, nil
+}
