@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -128,10 +129,18 @@ func stationReport(c *cli.Context) error {
 			return err
 		}
 		w.Write([]string{line.IMEI.String(), strconv.Itoa(line.Issue), string(line.State), line.Station,
-			stamp(line.Handed), stamp(line.Reported), strconv.Itoa(line.Tries), line.Note})
+			stamp(line.Handed), stamp(line.Reported), strconv.Itoa(line.Tries), cell(line.Note)})
 	}
 	w.Flush()
 	return w.Error()
+}
+
+// cell is what a station has written, so that no spreadsheet takes it for a formula.
+func cell(text string) string {
+	if strings.IndexAny(text, "=+-@") == 0 {
+		return "'" + text
+	}
+	return text
 }
 
 func stamp(t *time.Time) string {

@@ -18,7 +18,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-	"unicode"
 
 	"github.com/mattn/go-sqlite3"
 
@@ -27,6 +26,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -333,7 +333,7 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 		return refuse("the note has 200 bytes at most")
 	}
 	note = strings.Map(func(r rune) rune { // whoever reads it may have a terminal
-		if unicode.IsControl(r) {
+		if strict.Hidden(r) {
 			return ' '
 		}
 		return r
@@ -351,8 +351,10 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	var by string
 	var tries int
 	db := d.to("report a device")
+	// the key that the station has, whatever was issued since; else the newest
 	found, err := db.One(ctx, []any{&k.issue, &was, &by, &tries}, "SELECT issue, state, station, tries FROM device "+
-		"WHERE lot = ? AND position = ? ORDER BY issue DESC LIMIT 1", name, at)
+		"WHERE lot = ? AND position = ? ORDER BY state = 'out' AND station = ? DESC, issue DESC LIMIT 1", name, at,
+		station)
 	switch {
 	case err != nil:
 		return err

@@ -233,11 +233,11 @@ func TestOverdue(t *testing.T) {
 		!strings.Contains(err.Error(), "by station B") {
 		t.Errorf("a report about a device that another has now: %v", err)
 	}
-	if err := d.Report(ctx, "B", "L1", second, Injected, "\x1b[2J done\n"); err != nil {
+	if err := d.Report(ctx, "B", "L1", second, Injected, "\x1b[2J done\u202e\n"); err != nil {
 		t.Error(err)
 	}
 	for line, err := range Report(ctx, s.State, s.manifest) { // at a terminal
-		if err != nil || line.IMEI == second && line.Note != " [2J done " {
+		if err != nil || line.IMEI == second && line.Note != " [2J done  " {
 			t.Errorf("%+v, %v", line, err)
 		}
 	}
@@ -328,7 +328,6 @@ func TestOnlyPublished(t *testing.T) {
 	}
 }
 
-// Of a lot that is revoked no device is handed out, nor is each of them put down as revoked.
 // What the database refuses says what was to be done.
 func TestErrorsNameOperation(t *testing.T) {
 	s := newShop(t, 1)
@@ -350,6 +349,34 @@ func TestErrorsNameOperation(t *testing.T) {
 	}
 }
 
+// A station that has a device can always report it, also when the device was issued another key meanwhile, which
+// another station was handed: it gets no other device before.
+func TestReissuedWhileOut(t *testing.T) {
+	s := newShop(t, 4)
+	d := s.open(t)
+	defer d.Close()
+	ctx := t.Context()
+	imei := must(d.Next(ctx, "A", "L1")).IMEI
+	must(s.line.Reissue(ctx, "L1", imei, "return 1", "", s.Injection))
+	time.Sleep(1100 * time.Millisecond)
+	if ticket, err := d.Named(ctx, "B", "L1", imei); err != nil || ticket.Issue != 1 {
+		t.Fatal(ticket, err)
+	}
+	if _, err := d.Next(ctx, "A", "L1"); err == nil || !strings.Contains(err.Error(), "report it failed") {
+		t.Error(err)
+	}
+	if err := d.Report(ctx, "A", "L1", imei, Failed, ""); err != nil {
+		t.Error(err)
+	}
+	if ticket, err := d.Next(ctx, "A", "L1"); err != nil || ticket.IMEI == imei {
+		t.Error(ticket, err)
+	}
+	if err := d.Report(ctx, "B", "L1", imei, Injected, ""); err != nil {
+		t.Error(err)
+	}
+}
+
+// Of a lot that is revoked no device is handed out, nor is each of them put down as revoked.
 func TestRevokedLot(t *testing.T) {
 	s := newShop(t, 32)
 	d := s.open(t)

@@ -83,9 +83,14 @@ func checkNames(data []byte) error {
 // Reason gives why somebody does something, as it is published and shown.
 func Reason(reason string) (string, error) {
 	reason = strings.TrimSpace(reason)
-	text := utf8.ValidString(reason) && !strings.ContainsFunc(reason, unicode.IsControl)
-	if reason == "" || len(reason) > 200 || !text {
+	if reason == "" || len(reason) > 200 || !utf8.ValidString(reason) || strings.ContainsFunc(reason, Hidden) {
 		return "", errors.New("the reason has 1 to 200 bytes of text, in one line")
 	}
 	return reason, nil
+}
+
+// Hidden says whether a character has no sign of its own, but makes others appear elsewhere: in another line, over
+// others, or in another direction (Unicode's Bidi_Control).
+func Hidden(r rune) bool {
+	return unicode.IsControl(r) || unicode.In(r, unicode.Bidi_Control, unicode.Zl, unicode.Zp)
 }
