@@ -149,6 +149,7 @@ func newSoak(t *testing.T, store string) *soak {
 	s.grown = &instance{name: "grown", tok: tokens["operator"], store: "sqlite:" + s.path("grown/keysvc.db")}
 	s.empty = &instance{name: "empty", tok: tokens["empty"], store: "sqlite:" + s.path("empty/keysvc.db")}
 	if store == "postgres" {
+		os.Remove(filepath.Join(postgres, "standby.signal")) // of a run that failed after a failover
 		s.postgres = pgtest.StartIn(t, postgres)
 		s.postgres.Set(t, "synchronous_standby_names", "") // of an earlier run
 		if postgres != "" {
