@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -68,24 +69,10 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	if err := l.Validate(); err != nil {
 		return nil, settings{error: err}
 	}
-	config := api.DefaultConfig()
-	if config.Error != nil {
-		return nil, environment(config.Error)
+	client, err := fromEnvironment()
+	if err != nil {
+		return nil, err
 	}
-	config.MaxRetries = 5
-	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
-	client, err := api.NewClient(config)
-	if _, perr := url.Parse(config.Address); perr != nil {
-		return nil, noAddress(config.Address)
-	} else if err != nil {
-		return nil, environment(err)
-	}
-	own, err := url.Parse(client.Address())
-	if err != nil || own.Host == "" || own.Scheme != "http" && own.Scheme != "https" {
-		return nil, noAddress(client.Address())
-	}
-	config.HttpClient.Transport = bounded{RoundTripper: config.HttpClient.Transport} // also for the client's clones
-	client.SetCheckRetry(retryPolicy(own.Host))
 	s := &session{client: client, login: l, log: log}
 	var silent <-chan time.Time
 	if l.Wait {
@@ -117,13 +104,52 @@ func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error
 	return client, nil
 }
 
+// CheckEnvironment refuses an environment that names no Vault, or one of another machine without TLS.
+func CheckEnvironment() error {
+	_, err := fromEnvironment()
+	return err
+}
+
+// fromEnvironment makes a client without a login.
+func fromEnvironment() (*api.Client, error) {
+	config := api.DefaultConfig()
+	if config.Error != nil {
+		return nil, environment(config.Error)
+	}
+	config.MaxRetries = 5
+	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
+	client, err := api.NewClient(config)
+	if _, perr := url.Parse(config.Address); perr != nil {
+		return nil, noAddress(config.Address)
+	} else if err != nil {
+		return nil, environment(err)
+	}
+	own, err := url.Parse(client.Address())
+	if err != nil || own.Host == "" || own.Scheme != "http" && own.Scheme != "https" {
+		return nil, noAddress(client.Address())
+	}
+	if !private(own) {
+		return nil, environment(fmt.Errorf("whoever is on the way to %s could read the login: have Vault serve TLS, "+
+			"and set VAULT_ADDR to https://%s; http is only for this machine", own.Redacted(), own.Host))
+	}
+	config.HttpClient.Transport = bounded{RoundTripper: config.HttpClient.Transport} // also for the client's clones
+	client.SetCheckRetry(retryPolicy(own.Host))
+	return client, nil
+}
+
+// private says whether nobody on the way to a server reads what is sent there.
+func private(to *url.URL) bool {
+	ip := net.ParseIP(to.Hostname())
+	return to.Scheme == "https" || to.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+}
+
 // environment makes an error about the environment for Vault.
 func environment(err error) error {
 	return settings{error: fmt.Errorf("the environment for Vault: %w", err)}
 }
 
 func noAddress(text string) error {
-	return environment(fmt.Errorf("VAULT_ADDR is http://HOST:PORT or https://HOST:PORT, not %q", text))
+	return environment(fmt.Errorf("VAULT_ADDR is https://HOST:PORT, or http://HOST:PORT of this machine, not %q", text))
 }
 
 // A bounded transport limits the size of answers: the library reads them into memory, and a hostile Vault must be able
@@ -163,13 +189,17 @@ var errNoActive = errors.New("no node of this Vault is active")
 // node, which after an unsealing may be itself, or one that is not active any more. The library follows one
 // redirect, and takes the next for an answer without a body: a write would count as done, and a read as not found.
 // So only the server at own, the client's address, may redirect, and to another; else the request is tried again,
-// and in the end fails.
+// and in the end fails. One that would go to another machine without TLS is not sent.
 func retryPolicy(own string) func(context.Context, *http.Response, error) (bool, error) {
 	return func(ctx context.Context, r *http.Response, err error) (bool, error) {
 		if err == nil && r.StatusCode >= 300 && r.StatusCode < 400 {
 			to, err := r.Location()
 			if err != nil || r.Request.URL.Host != own || to.Host == own {
 				return true, errNoActive
+			}
+			if !private(to) {
+				return false, fmt.Errorf("Vault redirects to %s://%s, which has no TLS: correct the api_addr of that "+
+					"node", to.Scheme, to.Host)
 			}
 		}
 		return api.DefaultRetryPolicy(ctx, r, err)

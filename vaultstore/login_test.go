@@ -180,3 +180,37 @@ func TestAnotherServer(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Without TLS, only a Vault of this machine is asked.
+func TestEnvironment(t *testing.T) {
+	for address, want := range map[string]string{
+		"https://vault.example:8200": "",
+		"http://127.0.0.1:8200":      "",
+		"http://127.9.9.9":           "",
+		"http://[::1]:8200":          "",
+		"http://localhost:8200":      "",
+		"http://10.99.0.4:8200": "http://10.99.0.4:8200 could read the login: have Vault serve TLS, and set VAULT_ADDR " +
+			"to https://10.99.0.4:8200;",
+		"http://localhost.example":       "set VAULT_ADDR to https://localhost.example;",
+		"http://0.0.0.0:8200":            "have Vault serve TLS",
+		"http://u:p@vault.example":       "http://u:xxxxx@vault.example could",
+		"http://127.0.0.1@vault.example": "have Vault serve TLS",
+		"http://127.0.0.1.example":       "have Vault serve TLS",
+		"vault.example:8200":             "VAULT_ADDR is https://HOST:PORT, or http://HOST:PORT of this machine, not",
+		"ftp://127.0.0.1":                "VAULT_ADDR is https://HOST:PORT",
+	} {
+		t.Setenv("VAULT_ADDR", address)
+		t.Setenv("VAULT_TOKEN", "x")
+		err := CheckEnvironment()
+		if want != "" {
+			if _, connect := Connect(t.Context(), Login{}, slog.New(slog.DiscardHandler)); connect == nil ||
+				connect.Error() != err.Error() {
+				t.Errorf("%s: connected: %v", address, connect)
+			}
+		}
+		if (err == nil) != (want == "") || err != nil && (!strings.Contains(err.Error(), want) ||
+			!errors.Is(err, ErrSettings)) {
+			t.Errorf("%s: %v, want %q", address, err, want)
+		}
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -47,6 +48,12 @@ func TestNoActiveNode(t *testing.T) {
 	client.SetMinRetryWait(time.Millisecond)
 	client.SetMaxRetryWait(time.Millisecond)
 	store := New(client, "kme")
+	target = "http://vault.invalid"
+	left.Store(1 << 40)
+	if err := second(store.Read(t.Context(), "lots/L1/revocations")); err == nil ||
+		!strings.Contains(err.Error(), "Vault redirects to http://vault.invalid, which has no TLS") {
+		t.Errorf("to another machine without TLS: %v", err)
+	}
 	for name, to := range map[string]string{"to itself": one.URL, "to another that redirects": other.URL} {
 		t.Run(name, func(t *testing.T) {
 			target = to

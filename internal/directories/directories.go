@@ -76,9 +76,12 @@ func LoginError(err error) error {
 	return err
 }
 
-// CheckVault refuses a client's certificate in the environment that Vault would refuse without saying why. If it cannot
-// be read, vaultstore.Connect says so.
+// CheckVault refuses an environment that does not name Vault as it must; or that has a client's certificate which Vault
+// would refuse without saying why.
 func CheckVault() error {
+	if err := vaultstore.CheckEnvironment(); err != nil {
+		return usage.Mark(err)
+	}
 	path := os.Getenv("VAULT_CLIENT_CERT")
 	if chain, err := config.ReadCertificates(path); err == nil {
 		if err := config.CheckPurpose(chain[0], x509.ExtKeyUsageClientAuth); err != nil {
@@ -86,6 +89,17 @@ func CheckVault() error {
 		}
 	}
 	return nil
+}
+
+// Inspect reports what is wrong with the directory of a setting, without asking Vault.
+func Inspect(r *config.Report, name string) {
+	if dir, ok := strings.CutPrefix(name, "file:"); ok {
+		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
+	} else if Mount(name) != "" {
+		if err := CheckVault(); err != nil {
+			r.Add("directory", err.Error(), "")
+		}
+	}
 }
 
 // Absolute is the same directory by a name that does not depend on the working folder.

@@ -45,12 +45,17 @@ func TestNames(t *testing.T) {
 	}
 }
 
-// A certificate that is for servers alone is not shown to Vault. One that is not there is for Vault's client to say.
+// A certificate that is for servers alone is not shown to Vault.
 func TestCheckVault(t *testing.T) {
 	key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	path := filepath.Join(t.TempDir(), "c.pem")
+	must.Do(t, os.WriteFile(path+".key", pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY",
+		Bytes: must.Get[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))}), 0o600))
 	t.Setenv("VAULT_CLIENT_CERT", path)
-	must.Do(t, CheckVault())
+	t.Setenv("VAULT_CLIENT_KEY", path+".key")
+	if err := CheckVault(); !errors.As(err, new(usage.Error)) {
+		t.Errorf("no certificate: %v", err)
+	}
 	for _, purpose := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
 		c := &x509.Certificate{SerialNumber: big.NewInt(1), ExtKeyUsage: []x509.ExtKeyUsage{purpose}}
 		der := must.Get[[]byte](t)(x509.CreateCertificate(rand.Reader, c, c, key.Public(), key))

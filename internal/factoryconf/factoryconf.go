@@ -4,7 +4,6 @@ package factoryconf
 import (
 	"fmt"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -129,9 +128,7 @@ func Check(path string, given config.Given, running bool) *config.Report {
 	if c.Injection != "" {
 		r.Made("injection", "the folder of the injection packages", c.Injection)
 	}
-	if dir, ok := strings.CutPrefix(c.Directory, "file:"); ok {
-		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
-	}
+	directories.Inspect(r, c.Directory)
 	if c.Vault.SecretIDFile != "" {
 		r.Secret("vault.secret_id_file", "the AppRole's secret id", c.Vault.SecretIDFile)
 	}

@@ -124,6 +124,11 @@ func TestCheck(t *testing.T) {
 			t.Errorf("a file in the place of a folder: %v, want %s", wrong, want)
 		}
 	}
+	t.Setenv("VAULT_ADDR", "http://vault.example:8200")
+	if r := Check(write(t, "state: "+t.TempDir()+"\ndirectory: vault:kme\n"), nil, false); r.Err() == nil ||
+		!strings.Contains(r.Err().Error(), "line 2: the environment for Vault: whoever is on the way to http://vault.") {
+		t.Errorf("Vault without TLS: %v", r.Err())
+	}
 	if r := Check(write(t, "listen: 127.0.0.1:0\n"), nil, false); r.Err() == nil ||
 		!strings.Contains(r.Err().Error(), "listen needs tls") {
 		t.Errorf("without tls: %v", r.Err())

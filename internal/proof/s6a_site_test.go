@@ -75,15 +75,18 @@ func newSite(t *testing.T) *site {
 	l.also(0, database)
 	l.also(0, vault)
 	l.also(hssHost, standby)
-	published := vaulttest.Start(t, "-listen", vault+":0")
-	published.Mount(t, "kme", "2")
-	w := newWorld(t, nil, "VAULT_ADDR="+published.Addr, "VAULT_TOKEN="+published.Root)
-	w.directory = "vault:kme"
+	w := newWorld(t, nil)
 	hosts := &network{world: w}
 	hosts.newCA("hosts-ca")
 	hosts.certificate("hosts", "hosts-ca", fmt.Sprintf(
-		"subjectAltName=IP:%s,IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
-		database, standby, address(1), address(2)))
+		"subjectAltName=IP:%s,IP:%s,IP:%s,IP:%s,IP:%s\nextendedKeyUsage=serverAuth\n",
+		database, standby, vault, address(1), address(2)))
+	published := vaulttest.Start(t, "-listen", vault+":0", "-tls-cert", w.path("hosts.pem"), "-tls-key",
+		w.path("hosts.key"))
+	published.Mount(t, "kme", "2")
+	w.env = append(w.env, "VAULT_ADDR="+published.Addr, "VAULT_TOKEN="+published.Root,
+		"VAULT_CACERT="+w.path("hosts-ca.pem"))
+	w.directory = "vault:kme"
 	pg := pgtest.StartTLS(t, database, w.path("hosts.pem"), w.path("hosts.key"))
 	pg.StandbyIn(t, l.spaces[hssHost], standby)
 	local := must.Get[*url.URL](t)(url.Parse(pg.Database(t)))

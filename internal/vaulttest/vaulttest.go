@@ -155,6 +155,9 @@ func (s *Server) Client(t testing.TB, token string) *api.Client {
 	t.Helper()
 	config := api.DefaultConfig()
 	config.Address, config.MaxRetries = s.Addr, 0
+	if at := slices.Index(s.flags, "-tls-cert"); at >= 0 {
+		must.Do(t, config.ConfigureTLS(&api.TLSConfig{CACert: s.flags[at+1]}))
+	}
 	c := must.Get[*api.Client](t)(api.NewClient(config))
 	c.SetToken(token)
 	return c

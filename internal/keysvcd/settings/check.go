@@ -15,6 +15,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/directories"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/n5geir"
 	"github.com/kmehsm/kmehsm/internal/webhook"
@@ -116,9 +117,7 @@ func (c *Config) Inspect(r *config.Report) {
 	if c.AuditLog != "" && durable.CanMkdir(c.AuditLog) != nil {
 		r.Folder("audit_log", "the folder of the audit log", c.AuditLog, "mount it, make it, or name another")
 	}
-	if dir, ok := strings.CutPrefix(c.Directory, "file:"); ok {
-		r.Folder("directory", "the public-key directory", dir, "mount it, or name another")
-	}
+	directories.Inspect(r, c.Directory)
 	if path, ok := strings.CutPrefix(c.Store, "sqlite:"); ok {
 		r.Parent("store", "the database", path)
 	}

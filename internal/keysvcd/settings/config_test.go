@@ -234,6 +234,7 @@ func TestTokenOfTheEnvironment(t *testing.T) {
 
 // Files and folders that are not what serve needs, each with its setting's name.
 func TestCheckPlaces(t *testing.T) {
+	t.Setenv("VAULT_ADDR", "http://vault.example:8200")
 	dir := certtest.Make(t, "a")
 	for name, text := range map[string]string{"file": "x", "secret": "whsec_short"} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
@@ -275,6 +276,7 @@ func TestCheckPlaces(t *testing.T) {
 		{webhook + "secret_file: folder}}", "equipment.webhook.secret_file: "},
 		{webhook + "secret_file: secret, ca: a.key}}", "equipment.webhook.ca: "},
 		{aSocket + "vault: {role_id: x, secret_id_file: folder}", "vault.secret_id_file: "},
+		{aSocket + "directory: vault:kme", "directory: the environment for Vault: whoever is on the way to http://vault."},
 	} {
 		text, want := c[0], c[1]
 		path := filepath.Join(dir, "keysvc.yaml")
