@@ -333,27 +333,34 @@ func TestHealthAndMetrics(t *testing.T) {
 
 const health = "/grpc.health.v1.Health/Check"
 
-// A client's rate is also that of what is no call: the counts, and what can be called.
+// A client's rate is also that of what it may not call, and of what is no call: the counts, and what can be called.
 func TestRateOfOthers(t *testing.T) {
-	for method, path := range map[string]string{"GET": "/metrics",
-		"POST": "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo"} {
+	for _, c := range []struct {
+		method, path string
+		roles        []Role
+		first        kme.Reason
+	}{
+		{"GET", "/metrics", roles, ""},
+		{"GET", "/metrics", []Role{RoleEIR}, kme.CallerNotAllowed},
+		{"POST", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", roles, ""},
+		{"POST", service + "GetBinding", []Role{RoleEIR}, kme.CallerNotAllowed},
+	} {
 		handler := NewHandler(Options{
 			Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
 				Log: slog.New(slog.DiscardHandler)}),
-			Clients: everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}, Rate: 0.001}),
+			Clients: everybody(t, Client{Name: "test", Roles: c.roles, PLMNs: []string{all}, Rate: 0.001}),
 			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 		})
 		var reasons []string
 		for range 2 {
-			r := httptest.NewRequest(method, path, nil)
-			r.Header.Set("Content-Type", "application/grpc")
-			r.ProtoMajor = 2
+			r := httptest.NewRequest(c.method, c.path, strings.NewReader("{}"))
+			r.Header.Set("Content-Type", "application/json")
 			w := httptest.NewRecorder()
 			handler.ServeHTTP(w, r)
 			reasons = append(reasons, w.Header().Get(kme.ReasonHeader))
 		}
-		if !slices.Equal(reasons, []string{"", string(kme.Overloaded)}) {
-			t.Errorf("%s: refused with %q", path, reasons)
+		if !slices.Equal(reasons, []string{string(c.first), string(kme.Overloaded)}) {
+			t.Errorf("%s: refused with %q", c.path, reasons)
 		}
 	}
 }

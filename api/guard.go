@@ -39,10 +39,11 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	return err
 }
 
-// admit refuses a call that a client may not make, or not so often. Use its context afterwards, also after a refusal.
+// admit refuses a call that a client may not make, or not so often. Both count for its rate. Use its context
+// afterwards, also after a refusal.
 func (g *guard) admit(ctx context.Context, procedure string, message any) (context.Context, error) {
 	ctx, err := g.may(ctx, procedure, message)
-	if err == nil && clientOf(ctx).tooMany() {
+	if clientOf(ctx).tooMany() {
 		err = tooOften()
 	}
 	return ctx, err
@@ -83,10 +84,10 @@ func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		role := clientOf(r.Context()).as(some...)
 		var refusal *binding.Refusal
-		if role == "" {
-			refusal = notAllowed()
-		} else if clientOf(r.Context()).tooMany() {
+		if clientOf(r.Context()).tooMany() {
 			refusal = tooOften()
+		} else if role == "" {
+			refusal = notAllowed()
 		}
 		if refusal != nil {
 			g.service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
