@@ -105,6 +105,9 @@ func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 	return nil
 }
 
+// rest ends what the state that is served does in the background: it needs the store, which is about to be closed.
+func (l *live) rest() { new(registry.Lots).Follow(l.Load().lots) }
+
 // reload applies the present content of the configuration file.
 func (l *live) reload(ctx context.Context, from settings.Source) error {
 	cfg, report := settings.Read(from)

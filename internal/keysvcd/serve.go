@@ -59,26 +59,10 @@ type daemon struct {
 // Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it says that it is not ready any more,
 // serves for the drain delay, finishes the calls under way and returns. SIGHUP reloads lots, clients and certificates.
 func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
-	cfg, report := settings.Read(from)
-	cfg.Inspect(report)
-	if err := report.Err(); err != nil {
-		return usage.Mark(err)
-	}
-	if err := durable.CheckFolder("keysvc", cfg.State); err != nil {
-		return err
-	}
-	log, err := newLog(w, cfg)
+	cfg, log, err := begin(from, w)
 	if err != nil {
 		return err
 	}
-	starting(log, cfg)
-	if err := config.SocketFree(cfg.Socket); err != nil { // before anything is written
-		return err
-	}
-	for _, p := range report.Problems() { // warnings
-		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
-	}
-	slog.SetDefault(log) // for other packages: hsmkeys logs panics on its goroutines
 	leaving := &leaving{told: ctx}
 	ctx, stop := leaving.stay(cfg.DrainDelay, log)
 	defer stop()
@@ -94,16 +78,11 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 		return err
 	}
 	defer tokens.Close()
-	store, err := operator.OpenStore(ctx, tokens, cfg.Store)
+	store, closeStore, err := openStore(ctx, cfg, tokens)
 	if err != nil {
 		return err
 	}
-	unlock, err := operator.ServeAlone(cfg.Store)
-	if err != nil {
-		return errors.Join(err, store.Close())
-	}
-	defer unlock()
-	defer store.Close()
+	defer closeStore()
 	// A rolled-back store is served, too: each call is refused with that reason until it is accepted.
 	rolledBack := mark.Check(ctx, store, tokens)
 	if rolledBack != nil && !errors.Is(rolledBack, binding.ErrRolledBack) {
@@ -176,20 +155,11 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	if err := d.apply(ctx, cfg); err != nil {
 		return err
 	}
+	defer d.rest()
 	registry.MustRegister(&changing{live: d.live, bound: bound})
-	listeners, err := listen(cfg, d.live)
+	listeners, addresses, err := d.listenAll(cfg)
 	if err != nil {
 		return err
-	}
-	if d.eir, err = listenEIR(cfg, d.live); err != nil {
-		return errors.Join(err, closeAll(listeners))
-	}
-	var addresses []string
-	for _, l := range listeners {
-		addresses = append(addresses, l.Addr().String()) // with the port that port 0 became
-	}
-	for _, l := range d.eir {
-		addresses = append(addresses, l.Addr().String())
 	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
@@ -213,6 +183,62 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	defer d.beside(ctx, func(ctx context.Context) { bound.keep(ctx, store, log) })()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
+}
+
+// begin reads the configuration and makes the log. It finds what can be wrong before a token is opened.
+func begin(from settings.Source, w io.Writer) (*settings.Config, *slog.Logger, error) {
+	cfg, report := settings.Read(from)
+	cfg.Inspect(report)
+	if err := report.Err(); err != nil {
+		return nil, nil, usage.Mark(err)
+	}
+	if err := durable.CheckFolder("keysvc", cfg.State); err != nil {
+		return nil, nil, err
+	}
+	log, err := newLog(w, cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	starting(log, cfg)
+	if err := config.SocketFree(cfg.Socket); err != nil {
+		return nil, nil, err
+	}
+	for _, p := range report.Problems() { // warnings
+		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
+	}
+	slog.SetDefault(log) // for other packages: hsmkeys logs panics on its goroutines
+	return cfg, log, nil
+}
+
+// openStore opens the store, which no other service may serve from if it is in SQLite.
+func openStore(
+	ctx context.Context, cfg *settings.Config, tokens *hsmkeys.OperatorPool,
+) (store *sqlstore.Store, done func(), err error) {
+	if store, err = operator.OpenStore(ctx, tokens, cfg.Store); err != nil {
+		return nil, nil, err
+	}
+	unlock, err := operator.ServeAlone(cfg.Store)
+	if err != nil {
+		return nil, nil, errors.Join(err, store.Close())
+	}
+	return store, func() { store.Close(); unlock() }, nil
+}
+
+// listenAll opens all listeners. Of the addresses, each has the port that port 0 became.
+func (d *daemon) listenAll(cfg *settings.Config) (listeners []served, addresses []string, err error) {
+	if listeners, err = listen(cfg, d.live); err != nil {
+		return nil, nil, err
+	}
+	if d.eir, err = listenEIR(cfg, d.live); err != nil {
+		return nil, nil, errors.Join(err, closeAll(listeners))
+	}
+	for _, l := range listeners {
+		addresses = append(addresses, l.Addr().String())
+	}
+	for _, l := range d.eir {
+		addresses = append(addresses, l.Addr().String())
+	}
+	return listeners, addresses, nil
 }
 
 // openTokens opens the tokens of a configuration, and tests that they work.
