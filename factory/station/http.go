@@ -124,10 +124,7 @@ func Serve(ctx context.Context, listener net.Listener, config *tls.Config, o Opt
 		return errors.Join(err, listener.Close())
 	}
 	defer func() { err = errors.Join(err, desk.Close()) }()
-	server := &http.Server{
-		Handler: desk.Handler(), TLSConfig: config, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
-		IdleTimeout: 5 * time.Minute, ErrorLog: log.New(handshakes{Desk: desk}, "", 0),
-	}
+	server := newServer(desk.Handler(), config, log.New(handshakes{Desk: desk}, "", 0))
 	drained := make(chan error, 1)
 	context.AfterFunc(ctx, func() {
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
@@ -139,6 +136,16 @@ func Serve(ctx context.Context, listener net.Listener, config *tls.Config, o Opt
 		return err
 	}
 	return <-drained
+}
+
+// newServer makes a server that ends a request, and a connection, whose client does not read. Answers are short; the
+// time is for a directory that is slow.
+func newServer(handler http.Handler, config *tls.Config, log *log.Logger) *http.Server {
+	return &http.Server{
+		Handler: handler, TLSConfig: config, ErrorLog: log, ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: 5 * time.Minute,
+		HTTP2: &http.HTTP2Config{WriteByteTimeout: 30 * time.Second}, // WriteTimeout ends a stream alone
+	}
 }
 
 // handshakes takes the log lines of http.Server: connections that failed before a request, for example with a
