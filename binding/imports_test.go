@@ -6,6 +6,7 @@ import (
 	"crypto/rsa"
 	"crypto/sha1"
 	"fmt"
+	"math/big"
 	"reflect"
 	"slices"
 	"strings"
@@ -263,6 +264,13 @@ func TestImportLot(t *testing.T) {
 			manifest.N = must[*rsa.PrivateKey](t)(testkeys.RSA(2048)).N.Bytes()
 			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
 		}, "lot L2"},
+		{"a modulus with a small factor", func(g *handover.Grant) {
+			manifest := *l.Manifest
+			n := new(big.Int).SetBytes(manifest.N)
+			n.Sub(n, new(big.Int).Mod(n, big.NewInt(30)))
+			manifest.N = n.Add(n, big.NewInt(15)).Bytes()
+			g.Manifest = string(m.sign(t, directory.TypeManifest, manifest))
+		}, "lot L2 is refused: the modulus is weak"},
 		{"a name that could not be a path", func(g *handover.Grant) {
 			manifest := *l.Manifest
 			manifest.Lot, g.Lot = "../L2", "../L2"

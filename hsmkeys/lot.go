@@ -63,7 +63,9 @@ func (t *FactoryToken) EnsureLotKey(
 		return nil, "", fmt.Errorf("%s already holds a key of %d bits for this lot, from a run that did not finish: "+
 			"ask for --bits %d", t, got, got)
 	}
-	if err = weakkey.Check(ctx, pub, bits); err == nil {
+	if err = weakkey.Check(ctx, pub, bits); err != nil {
+		err = fmt.Errorf("%w: do not use this token for lots", err)
+	} else {
 		err = t.ProveLotKey(ctx, k, pub)
 	}
 	if err != nil {

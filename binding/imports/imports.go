@@ -15,6 +15,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/weakkey"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -210,8 +211,8 @@ func enrolledBefore(ctx context.Context, token Token, store registry.Store, manu
 	return store.PutManufacturer(ctx, m)
 }
 
-// ImportLot imports a granted lot: it imports the lot's private key, proves with a decryption that it is the key of the
-// manifest's modulus, and enters the lot. The same grant again changes nothing. It refuses a retired lot, unless again
+// ImportLot imports a granted lot, unless its key is weak: it imports the private key, proves with a decryption that it
+// is the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. It refuses a retired lot, unless again
 // is a verdict that the lot is served again. Then the lot's Retired is that verdict, or the present one if the lot was
 // not retired.
 func ImportLot(
@@ -265,6 +266,11 @@ func importLot(ctx context.Context, token Token, store registry.Store, manufactu
 	if err != nil {
 		return nil, err
 	}
+	pub := manifest.PublicKey()
+	if err := weakkey.Check(ctx, pub, pub.N.BitLen()); err != nil {
+		return nil, fmt.Errorf("lot %s is refused: %w: anybody could decrypt its payloads; have the manufacturer make "+
+			"another lot, with another token", manifest.Lot, err)
+	}
 	if err := checkTACs(manifest, manufacturers, m); err != nil {
 		return nil, err
 	}
@@ -279,7 +285,7 @@ func importLot(ctx context.Context, token Token, store registry.Store, manufactu
 	if err != nil {
 		return nil, err
 	}
-	fresh, err := token.UnwrapLotKey(ctx, lot.Key(), kek, g.Wrapped, manifest.PublicKey())
+	fresh, err := token.UnwrapLotKey(ctx, lot.Key(), kek, g.Wrapped, pub)
 	if errors.Is(err, hsmkeys.ErrNoKey) {
 		return nil, fmt.Errorf("lot %s was wrapped under generation %d of the KEK, which this token has not got: "+
 			"have the manufacturer's enrolment with that one, and run keysvc enroll: %w", manifest.Lot,

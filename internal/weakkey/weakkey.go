@@ -26,18 +26,17 @@ const fermatRounds = 110
 // (CVE-2017-15361) and primes close together (Fermat's factorisation).
 func Check(ctx context.Context, pub *rsa.PublicKey, bits int) error {
 	if got := pub.N.BitLen(); got != bits {
-		return fmt.Errorf("the token made a modulus of %d bits, not %d: do not use this token for lots", got, bits)
+		return fmt.Errorf("the modulus has %d bits, not %d", got, bits)
 	}
 	if pub.E != kme.PublicExponent {
-		return fmt.Errorf("the token made a key with public exponent %d, not %d: do not use this token for lots", pub.E,
-			kme.PublicExponent)
+		return fmt.Errorf("the public exponent is %d, not %d", pub.E, kme.PublicExponent)
 	}
 	policy, err := goodkey.NewPolicy(&goodkey.Config{FermatRounds: fermatRounds}, nil)
 	if err != nil {
 		return err
 	}
 	if err := policy.GoodKey(ctx, pub); err != nil {
-		return fmt.Errorf("the modulus is weak: %w: do not use this token for lots", err)
+		return fmt.Errorf("the modulus is weak: %w", err)
 	}
 	return nil
 }

@@ -43,8 +43,8 @@ func TestCheck(t *testing.T) {
 	}{
 		"good":         {good.N, 65537, 2048, ""},
 		"other length": {good.N, 65537, 3072, "2048 bits"},
-		"e = 3":        {good.N, 3, 2048, "exponent 3"},
-		"e = 65536":    {good.N, 65536, 2048, "exponent 65536"},
+		"e = 3":        {good.N, 3, 2048, "exponent is 3,"},
+		"e = 65536":    {good.N, 65536, 2048, "exponent is 65536,"},
 		"even":         {new(big.Int).Sub(good.N, big.NewInt(1)), 65537, 2048, "weak"},
 		"small factor": {small, 65537, 2048, "small prime"},
 		"close primes": {new(big.Int).Mul(p, q), 65537, new(big.Int).Mul(p, q).BitLen(), "weak"},
