@@ -25,7 +25,7 @@ import (
 // rotateChild rotates the storage key as a process of its own; with kill, until the first KMEs are sealed again.
 func rotateChild(t *testing.T, uri, soPIN, storeName, kill string) {
 	officer := must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(soPIN))
-	r := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), uri, officer))
+	r := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), uri, officer, hsmkeys.Options{}))
 	defer r.Close()
 	store := openStore(t, r.OperatorToken, storeName)
 	defer store.Close()
@@ -191,7 +191,7 @@ func TestResealDamaged(t *testing.T) {
 		t.Fatal(err)
 	}
 	rotation := must[*hsmkeys.Rotation](t)(hsmkeys.OpenRotation(t.Context(), r.tokenURI,
-		must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(r.soPIN))))
+		must[hsmkeys.PIN](t)(hsmkeys.ReadPIN(r.soPIN)), hsmkeys.Options{}))
 	defer func() {
 		rotation.Close()
 		r.token = must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), r.tokenURI, hsmkeys.Options{}))

@@ -139,31 +139,28 @@ func (t *OperatorToken) CarryIn(ctx context.Context, to *rsa.PublicKey, all []Ca
 		if err != nil {
 			return nil, err
 		}
-		unwrap := func(c Carried, where ck.Attributes) (pkcs11.ObjectHandle, error) {
-			h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped,
-				ck.Frozen(keyspec.CarriedTemplate(traits, c.Key), where))
-			return h, p11.Explain("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
+		unwrap := func(c Carried) func(where ck.Attributes) (pkcs11.ObjectHandle, error) {
+			return func(where ck.Attributes) (pkcs11.ObjectHandle, error) {
+				h, err := s.Unwrap(keyspec.OAEP, private, c.Wrapped,
+					ck.Frozen(keyspec.CarriedTemplate(traits, c.Key), where))
+				return h, p11.Explain("unwrap "+c.Key.Label()+": it was wrapped for another key, or damaged", err)
+			}
 		}
 		for _, c := range missing {
-			trial, err := unwrap(c, ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
-			if err != nil {
-				return nil, err
-			}
-			same, err := keyop.Does(s, trial, c.Key, c.Check)
-			if derr := s.Destroy(trial); err == nil {
-				err = p11.Explain("drop the trial key", derr)
-			}
-			if err == nil && !same {
-				err = fmt.Errorf("the backup's %s does not do what it should: the backup is damaged, make another",
-					c.Key.Label())
-			}
-			if err != nil {
+			if err := try(s, unwrap(c), func(h pkcs11.ObjectHandle) error {
+				same, err := keyop.Does(s, h, c.Key, c.Check)
+				if err == nil && !same {
+					err = fmt.Errorf("the backup's %s does not do what it should: the backup is damaged, make another",
+						c.Key.Label())
+				}
+				return err
+			}); err != nil {
 				return nil, err
 			}
 		}
 		defer t.sealing.Store(nil)
 		for _, c := range missing {
-			if _, err := unwrap(c, keyspec.Named(c.Key)); err != nil {
+			if _, err := unwrap(c)(keyspec.Named(c.Key)); err != nil {
 				return taken, err
 			}
 			taken = append(taken, c.Key)

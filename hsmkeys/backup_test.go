@@ -236,7 +236,7 @@ func TestRotation(t *testing.T) {
 			want = append(want, must[[]RAND](t)(token.EncryptRANDs(ctx, sealed, make([]RAND, 1)))[0])
 		}
 	})
-	if _, err := OpenRotation(ctx, tok.URI, "not the PIN"); err == nil {
+	if _, err := OpenRotation(ctx, tok.URI, "not the PIN", Options{}); err == nil {
 		t.Fatal("without the security officer's PIN")
 	}
 	whileOpen(t, tok, func(token *OperatorToken) {
@@ -244,13 +244,13 @@ func TestRotation(t *testing.T) {
 			t.Errorf("after a wrong PIN there are generations %v", all)
 		}
 	})
-	r := must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN)))
+	r := must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{}))
 	// One that was interrupted goes on, under the same generation.
 	if err := r.Close(); err != nil {
 		t.Fatal(err)
 	}
 	// it is reinitialised meanwhile
-	r = must[*Rotation](t)(openRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{renewAfter: 20}))
+	r = must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{renewAfter: 20}))
 	if r.Newest() != 2 {
 		t.Errorf("it seals under generation %d", r.Newest())
 	}
@@ -315,7 +315,7 @@ func TestRotation(t *testing.T) {
 		}
 	})
 	// The next rotation begins from there.
-	r = must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN)))
+	r = must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{}))
 	defer r.Close()
 	if r.Newest() != 3 {
 		t.Errorf("the next rotation seals under generation %d", r.Newest())

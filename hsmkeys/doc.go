@@ -58,7 +58,6 @@ const (
 var (
 	ErrNoKey       = p11.ErrNoKey
 	ErrUnavailable = p11.ErrUnavailable
-	ErrBusy        = p11.ErrBusy
 	ErrPINMaybeSet = officer.ErrPINMaybeSet
 )
 
@@ -92,16 +91,6 @@ func Slots(moduleOrURI string) (all []Slot, module string, err error) {
 
 // Sentences describe, one by one, the findings that are not OK.
 func Sentences(findings []Finding) []string { return doctor.Sentences(findings) }
-
-// SetOfficerPIN changes the security officer's PIN: see officer.SetPIN.
-func SetOfficerPIN(ctx context.Context, tokenURI string, present, next OfficerPIN) error {
-	return officer.SetPIN(ctx, tokenURI, present, next)
-}
-
-// CheckOfficerPIN logs in as the security officer: see officer.CheckPIN.
-func CheckOfficerPIN(ctx context.Context, tokenURI string, pin OfficerPIN) error {
-	return officer.CheckPIN(ctx, tokenURI, pin)
-}
 
 // OfficerSplit says which split the security officer's PIN is in: see officer.SplitOf.
 func (b *base) OfficerSplit(ctx context.Context) (inForce, begun *Split, err error) {

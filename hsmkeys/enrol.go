@@ -50,16 +50,15 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 // importRecipient imports an RSA key that wraps only keys of a template. It replaces the one of an earlier enrolment,
 // or of a run that was interrupted. The security officer is logged in.
 func (b *base) importRecipient(ctx context.Context, side Side, r Key, to *rsa.PublicKey, wraps ck.Attributes) error {
-	_, err := doAs(ctx, b, side, "import a key that receives", func(s *p11.Session) (none struct{}, err error) {
+	return b.as(ctx, side, "import a key that receives", func(s *p11.Session) error {
 		if err := b.destroy(s, pkcs11.CKO_PUBLIC_KEY, r); err != nil {
-			return none, err
+			return err
 		}
-		_, err = s.Create(ck.Frozen(keyspec.Named(r), keyspec.Wrapping(to),
+		_, err := s.Create(ck.Frozen(keyspec.Named(r), keyspec.Wrapping(to),
 			ck.Attributes{ck.Attr(pkcs11.CKA_TRUSTED, true)},
 			ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps)))
-		return none, p11.Explain("import the public key that receives into the token", err)
+		return p11.Explain("import the public key that receives into the token", err)
 	})
-	return err
 }
 
 // receives gives the RSA keys that the security officer has imported.

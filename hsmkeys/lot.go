@@ -9,6 +9,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/keyop"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/weakkey"
@@ -151,4 +152,32 @@ func (t *FactoryToken) KeyWrapMechanism() string {
 		return "CKM_AES_KEY_WRAP_KWP"
 	}
 	return "CKM_AES_KEY_WRAP_PAD"
+}
+
+// ProveLotKey shows that the private key in the token is the one of pub: it decrypts, raw, what was encrypted here.
+// One of the messages has leading zero bytes, which some tokens strip.
+func (b *base) ProveLotKey(ctx context.Context, k Key, pub *rsa.PublicKey) error {
+	return b.hsm.With(ctx, "prove a lot key", func(s *p11.Session) error {
+		h, err := b.find(s, pkcs11.CKO_PRIVATE_KEY, k)
+		if err != nil {
+			return err
+		}
+		return keyop.Prove(s, h, pub)
+	})
+}
+
+// RemoveLotKey destroys a lot key for good.
+func (b *base) RemoveLotKey(ctx context.Context, k Key) error {
+	return b.hsm.With(ctx, "remove a lot key", func(s *p11.Session) error {
+		return b.destroy(s, pkcs11.CKO_PRIVATE_KEY, k)
+	})
+}
+
+// RememberLotKeys finds the keys of all lots at once, and says how many there are. It saves the search at each lot's
+// first payload, and changes nothing else.
+func (t *OperatorToken) RememberLotKeys(ctx context.Context) (n int, err error) {
+	n, err = keyop.RememberPrivateKeys(t.hsm, func(f func(*p11.Session) error) error {
+		return t.hsm.With(ctx, "look for a key", f)
+	})
+	return n, p11.Explain("look for the keys of all lots", err)
 }

@@ -23,10 +23,9 @@ func (t *OperatorToken) Marks(ctx context.Context) ([][]byte, error) {
 // SetMark sets a mark and removes the given others; marks that another process has set meanwhile stay. It needs the
 // user PIN. It makes a new object, because one that is changed in place could be lost when the process is killed.
 func (t *OperatorToken) SetMark(ctx context.Context, mark []byte, others [][]byte) error {
-	_, err := doAs(ctx, t.base, Operator, "set the high-water mark", func(s *p11.Session) (struct{}, error) {
-		return struct{}{}, p11.Explain("set the high-water mark", keyop.SetMark(s, mark, others))
+	return t.as(ctx, Operator, "set the high-water mark", func(s *p11.Session) error {
+		return p11.Explain("set the high-water mark", keyop.SetMark(s, mark, others))
 	})
-	return err
 }
 
 // Marks gives those of all tokens that are there.

@@ -64,6 +64,12 @@ func doAs[T any](
 	})
 }
 
+// as is doAs for what has no result.
+func (b *base) as(ctx context.Context, side Side, operation string, f func(*p11.Session) error) error {
+	_, err := doAs(ctx, b, side, operation, func(s *p11.Session) (none struct{}, err error) { return none, f(s) })
+	return err
+}
+
 // MustBe refuses a token that is not of this side.
 func (b *base) MustBe(ctx context.Context, side Side) error {
 	return b.hsm.With(ctx, "ask what the token is for", func(s *p11.Session) error { return b.mustBe(s, side) })

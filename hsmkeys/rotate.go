@@ -29,11 +29,7 @@ type Rotation struct {
 // OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and
 // opens the token for sealing again. It logs in as the security officer, once: no token of the URI may be open in
 // the process. Close ends it.
-func OpenRotation(ctx context.Context, tokenURI string, officer PIN) (r *Rotation, err error) {
-	return openRotation(ctx, tokenURI, officer, Options{})
-}
-
-func openRotation(ctx context.Context, tokenURI string, officer PIN, o Options) (r *Rotation, err error) {
+func OpenRotation(ctx context.Context, tokenURI string, officer PIN, o Options) (r *Rotation, err error) {
 	t, err := OpenOperator(ctx, tokenURI, o)
 	if err != nil {
 		return nil, err
@@ -166,16 +162,15 @@ func (t *OperatorToken) StorageGenerations(ctx context.Context) (all []int, err 
 // DestroyStorageKey ends an earlier generation of the storage key for good, and with it whatever is sealed under it. It
 // refuses the newest.
 func (t *OperatorToken) DestroyStorageKey(ctx context.Context, generation int) error {
-	_, err := doAs(ctx, t.base, Operator, "destroy a storage key", func(s *p11.Session) (none struct{}, err error) {
+	return t.as(ctx, Operator, "destroy a storage key", func(s *p11.Session) error {
 		t.sealing.Store(nil)
 		newest, _, err := t.newestStorage(s)
 		if err == nil && generation >= newest {
 			err = fmt.Errorf("generation %d of the storage key is in use", generation)
 		}
 		if err != nil {
-			return none, err
+			return err
 		}
-		return none, t.destroy(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(generation))
+		return t.destroy(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(generation))
 	})
-	return err
 }

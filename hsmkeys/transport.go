@@ -70,14 +70,14 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 	if len(wrapped) == 0 {
 		return errors.New("the enrolment holds no wrapped key")
 	}
-	_, err := doAs(ctx, t.base, Operator, "unwrap a KEK", func(s *p11.Session) (none struct{}, err error) {
+	return t.as(ctx, Operator, "unwrap a KEK", func(s *p11.Session) error {
 		h, err := keyop.Receiver(s, keyspec.TransportLabel, transport)
 		if err != nil {
-			return none, err
+			return err
 		}
 		traits, err := t.learn(s)
 		if err != nil {
-			return none, err
+			return err
 		}
 		template := ck.Join(keyspec.ImportedKEK, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)},
 			traits.Unwraps(keyspec.ImportedLot))
@@ -85,19 +85,30 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 			h, err := s.Unwrap(keyspec.OAEP, h, wrapped, ck.Frozen(template, where))
 			return h, p11.Explain("unwrap the KEK with the transport key: it was made for another key, or damaged", err)
 		}
-		trial, err := unwrap(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
-		if err != nil {
-			return none, err
-		}
-		if err := s.Destroy(trial); err != nil {
-			return none, p11.Explain("drop the trial key", err)
+		if err := try(s, unwrap, func(pkcs11.ObjectHandle) error { return nil }); err != nil {
+			return err
 		}
 		if err := t.destroy(s, pkcs11.CKO_SECRET_KEY, kek); err != nil {
-			return none, err
+			return err
 		}
 		_, err = unwrap(keyspec.Named(kek))
-		return none, err
+		return err
 	})
+}
+
+// try unwraps a key as a session object, checks it, and destroys it.
+func try(
+	s *p11.Session, unwrap func(where ck.Attributes) (pkcs11.ObjectHandle, error),
+	check func(pkcs11.ObjectHandle) error,
+) error {
+	h, err := unwrap(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
+	if err != nil {
+		return err
+	}
+	err = check(h)
+	if derr := s.Destroy(h); err == nil {
+		err = p11.Explain("drop the trial key", derr)
+	}
 	return err
 }
 
@@ -125,18 +136,10 @@ func (t *OperatorToken) UnwrapLotKey(
 				ck.Frozen(keyspec.ImportedLot, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, where))
 			return h, p11.Explain("unwrap "+lot.Label(), err)
 		}
-		trial, err := unwrap(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, false)})
-		if err != nil {
-			return false, err
+		err = try(s, unwrap, func(h pkcs11.ObjectHandle) error { return keyop.Prove(s, h, pub) })
+		if err == nil {
+			_, err = unwrap(keyspec.Named(lot))
 		}
-		err = keyop.Prove(s, trial, pub)
-		if derr := s.Destroy(trial); err == nil {
-			err = p11.Explain("drop the trial key", derr)
-		}
-		if err != nil {
-			return false, err
-		}
-		_, err = unwrap(keyspec.Named(lot))
 		return err == nil, err
 	})
 }

@@ -9,6 +9,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/hsmkeys/officer"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/custody"
 	"github.com/kmehsm/kmehsm/internal/usage"
@@ -88,7 +89,7 @@ func soCheck(c *cli.Context) error {
 	minutes, err := ceremony(c, "so check", custody.Anything,
 		func(_ string, pin hsmkeys.OfficerPIN) (map[string]string, error) {
 			now = pin.Split
-			return map[string]string{}, hsmkeys.CheckOfficerPIN(c.Context, c.String("token"), pin)
+			return map[string]string{}, officer.CheckPIN(c.Context, c.String("token"), pin)
 		})
 	if err != nil {
 		return err

@@ -62,7 +62,7 @@ func storageRotate(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer)
+	r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer, hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

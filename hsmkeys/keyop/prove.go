@@ -35,19 +35,11 @@ func Prove(s *p11.Session, h pkcs11.ObjectHandle, pub *rsa.PublicKey) error {
 		if err != nil {
 			return err
 		}
-		if !bytes.Equal(padLeft(got, size), m) {
+		if !bytes.Equal(got, m) {
 			return notIts
 		}
 	}
 	return nil
-}
-
-// padLeft restores leading zero bytes that a token has left out.
-func padLeft(b []byte, size int) []byte {
-	if len(b) >= size {
-		return b
-	}
-	return append(make([]byte, size-len(b)), b...)
 }
 
 // Decrypt gives c^d mod N. c has as many bytes as N, and is below N.

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/hsmkeys/officer"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
@@ -128,7 +129,7 @@ func SplitOfficerPIN(
 	if err != nil {
 		err = fmt.Errorf("the shares cannot be written, and the PIN was not changed: %w", err)
 	} else {
-		err = hsmkeys.SetOfficerPIN(ctx, tokenURI, present, hsmkeys.OfficerPIN{PIN: pin, Split: split})
+		err = officer.SetPIN(ctx, tokenURI, present, hsmkeys.OfficerPIN{PIN: pin, Split: split})
 	}
 	if errors.Is(err, hsmkeys.ErrPINMaybeSet) {
 		return nil, nil, fmt.Errorf("%w; factory so check finds out, with the PIN before or with the shares of split "+
