@@ -98,6 +98,25 @@ func (g *guard) only(next http.Handler, some ...Role) http.Handler {
 	})
 }
 
+// known serves clients, and everybody a path that is open to all.
+func (g *guard) known(next http.Handler, open string) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		err := func() (err error) {
+			defer panics.Recover(&err)
+			if clientOf(r.Context()) == nil && r.URL.Path != open { // its body is not read
+				stranger(r.Context(), g.service, r.URL.Path)
+				return g.deny(w, r, notAllowed())
+			}
+			next.ServeHTTP(w, r)
+			return nil
+		}()
+		if err != nil { // not of a call: finish handles those
+			g.service.Broken(r.Context(), err, callOf(r.URL.Path)...)
+			http.Error(w, "internal error", http.StatusInternalServerError)
+		}
+	})
+}
+
 // deny refuses a request in the caller's protocol.
 func (g *guard) deny(w http.ResponseWriter, r *http.Request, refusal *binding.Refusal) error {
 	told, code := toConnect(refusal), http.StatusForbidden

@@ -19,7 +19,6 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
-	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -52,10 +51,9 @@ type Options struct {
 // A Handler serves the service.
 type Handler struct {
 	http.Handler
-	service *binding.Service
+	server  *server
 	clients *Clients
-	streams *Streams
-	call    connect.UnaryFunc // makes a call of a stream
+	call    connect.UnaryFunc // makes a call of a stream: what requestOf gives
 }
 
 // NewHandler serves the service, and health: /healthz, for everybody, says that the process runs; /readyz and gRPC's
@@ -110,26 +108,15 @@ func NewHandler(o Options) *Handler {
 			fmt.Fprintf(w, "but %s\n", warning)
 		}
 	})
-	h := &Handler{service: o.Service, clients: o.Clients, streams: o.Streams, call: g.around(s.direct)}
+	h := &Handler{server: s, clients: o.Clients,
+		call: g.around(func(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
+			return r.(streamed).call(ctx)
+		})}
 	for _, outer := range slices.Backward(o.Outer) {
 		h.call = outer.WrapUnary(h.call)
 	}
 	o.Streams.serving.CompareAndSwap(nil, h)
-	h.Handler = identify(o.Clients, withControl(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		err := func() (err error) {
-			defer panics.Recover(&err)
-			if clientOf(r.Context()) == nil && r.URL.Path != "/healthz" { // its body is not read
-				stranger(r.Context(), g.service, r.URL.Path)
-				return g.deny(w, r, notAllowed())
-			}
-			mux.ServeHTTP(w, r)
-			return nil
-		}()
-		if err != nil { // not of a call: guard handles those
-			o.Service.Broken(r.Context(), err, callOf(r.URL.Path)...)
-			http.Error(w, "internal error", http.StatusInternalServerError)
-		}
-	})))
+	h.Handler = identify(o.Clients, withControl(g.known(mux, "/healthz")))
 	return h
 }
 

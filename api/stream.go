@@ -187,7 +187,7 @@ func (t *stream) read(ctx context.Context) error {
 					handler, known = h, h.clients.know(ctx, *callerOf(ctx), binding.ActorOf(ctx))
 				}
 				if clientOf(known) == nil {
-					stranger(known, handler.service, kmev1connect.KeyServiceStreamProcedure)
+					stranger(known, handler.server.service, kmev1connect.KeyServiceStreamProcedure)
 					return toConnect(notAllowed())
 				}
 				h, ctx := handler, known
@@ -251,13 +251,13 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	var err error
 	broken := recovered(func() error { // guard handles panics of the call itself
 		var answer connect.AnyResponse
-		if answer, err = h.call(ctx, requestOf(c)); err == nil {
+		if answer, err = h.call(ctx, h.server.requestOf(c)); err == nil {
 			setAnswer(a, answer.Any())
 		}
 		return nil
 	})
 	if broken != nil {
-		h.service.Broken(ctx, broken, callOf(kmev1connect.KeyServiceStreamProcedure)...)
+		h.server.service.Broken(ctx, broken, callOf(kmev1connect.KeyServiceStreamProcedure)...)
 		err = toConnect(broken)
 	}
 	if err != nil {
@@ -274,53 +274,46 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	return a
 }
 
-// A streamed is a call of a stream in the form of a request, for the interceptors.
+// A streamed is a call of a stream in the form of a request, for the interceptors, and makes it by the same method as a
+// single request.
 type streamed struct {
 	connect.AnyRequest
 	procedure string
+	call      func(context.Context) (connect.AnyResponse, error)
 }
 
 // Spec is that of a unary call.
 func (r streamed) Spec() connect.Spec { return connect.Spec{Procedure: r.procedure} }
 
-func asRequest[M any](message *M, procedure string) streamed {
-	return streamed{AnyRequest: connect.NewRequest(message), procedure: procedure}
+func asRequest[Q, A any](
+	message *Q, procedure string, method func(context.Context, *connect.Request[Q]) (*connect.Response[A], error),
+) streamed {
+	r := connect.NewRequest(message)
+	return streamed{AnyRequest: r, procedure: procedure, call: func(ctx context.Context) (connect.AnyResponse, error) {
+		return method(ctx, r)
+	}}
 }
 
-func requestOf(c *kmev1.Call) connect.AnyRequest {
+func (s *server) requestOf(c *kmev1.Call) connect.AnyRequest {
 	switch q := c.Call.(type) {
 	case *kmev1.Call_PrepareVector:
-		return asRequest(q.PrepareVector, kmev1connect.KeyServicePrepareVectorProcedure)
+		return asRequest(q.PrepareVector, kmev1connect.KeyServicePrepareVectorProcedure, s.PrepareVector)
 	case *kmev1.Call_EstablishKme:
-		return asRequest(q.EstablishKme, kmev1connect.KeyServiceEstablishKMEProcedure)
+		return asRequest(q.EstablishKme, kmev1connect.KeyServiceEstablishKMEProcedure, s.EstablishKME)
 	case *kmev1.Call_ReportAuthentication:
-		return asRequest(q.ReportAuthentication, kmev1connect.KeyServiceReportAuthenticationProcedure)
+		return asRequest(q.ReportAuthentication, kmev1connect.KeyServiceReportAuthenticationProcedure,
+			s.ReportAuthentication)
 	case *kmev1.Call_RestoreRand:
-		return asRequest(q.RestoreRand, kmev1connect.KeyServiceRestoreRANDProcedure)
+		return asRequest(q.RestoreRand, kmev1connect.KeyServiceRestoreRANDProcedure, s.RestoreRAND)
 	case *kmev1.Call_GetBinding:
-		return asRequest(q.GetBinding, kmev1connect.KeyServiceGetBindingProcedure)
+		return asRequest(q.GetBinding, kmev1connect.KeyServiceGetBindingProcedure, s.GetBinding)
 	case *kmev1.Call_CheckEquipment:
-		return asRequest(q.CheckEquipment, kmev1connect.KeyServiceCheckEquipmentProcedure)
+		return asRequest(q.CheckEquipment, kmev1connect.KeyServiceCheckEquipmentProcedure, s.CheckEquipment)
 	}
-	return asRequest(c, kmev1connect.KeyServiceStreamProcedure)
+	return asRequest(c, kmev1connect.KeyServiceStreamProcedure, noCall)
 }
 
-// direct makes a call of a stream by the same method as a single request.
-func (s *server) direct(ctx context.Context, r connect.AnyRequest) (connect.AnyResponse, error) {
-	switch q := r.Any().(type) {
-	case *kmev1.PrepareVectorRequest:
-		return s.PrepareVector(ctx, connect.NewRequest(q))
-	case *kmev1.EstablishKMERequest:
-		return s.EstablishKME(ctx, connect.NewRequest(q))
-	case *kmev1.ReportAuthenticationRequest:
-		return s.ReportAuthentication(ctx, connect.NewRequest(q))
-	case *kmev1.RestoreRANDRequest:
-		return s.RestoreRAND(ctx, connect.NewRequest(q))
-	case *kmev1.GetBindingRequest:
-		return s.GetBinding(ctx, connect.NewRequest(q))
-	case *kmev1.CheckEquipmentRequest:
-		return s.CheckEquipment(ctx, connect.NewRequest(q))
-	}
+func noCall(context.Context, *connect.Request[kmev1.Call]) (*connect.Response[kmev1.Call], error) {
 	return nil, malformed(errors.New("a call of a stream is one of prepare_vector, establish_kme, " +
 		"report_authentication, restore_rand, get_binding and check_equipment"))
 }

@@ -131,12 +131,12 @@ func (s *streaming) listen(t *testing.T) {
 func (s *streaming) end(t *testing.T) {
 	t.Helper()
 	s.leaving.Store(true)
-	s.handler.streams.Drain()
+	s.handler.server.streams.Drain()
 	time.Sleep(200 * time.Millisecond)
 	if err := s.server.Shutdown(t.Context()); err != nil {
 		t.Error(err)
 	}
-	s.handler.streams.draining, s.handler.streams.drain = context.WithCancel(context.Background())
+	s.handler.server.streams.draining, s.handler.server.streams.drain = context.WithCancel(context.Background())
 	s.leaving.Store(false)
 }
 
@@ -279,7 +279,7 @@ func TestStreamDrains(t *testing.T) {
 	s.send(t, get(1, kept))
 	testproc.Await(t, "the call is under way", func() bool { return s.store.asked.Load() == 1 })
 	ended := make(chan error, 1)
-	s.handler.streams.Drain()
+	s.handler.server.streams.Drain()
 	go func() { ended <- s.server.Shutdown(t.Context()) }()
 	s.Send(&kmev1.StreamRequest{Calls: []*kmev1.Call{get(2, bound)}})
 	select {
@@ -304,7 +304,7 @@ func TestStreamDrains(t *testing.T) {
 func TestStreamIsNotRead(t *testing.T) {
 	const window = 64 << 10
 	s := newStreaming(t, &http.Transport{HTTP2: &http.HTTP2Config{MaxReceiveBufferPerStream: window}})
-	s.handler.streams.patience = time.Second / 2
+	s.handler.server.streams.patience = time.Second / 2
 	other := newStreaming(t, new(http.Transport))
 	calls := make([]*kmev1.Call, 64)
 	for i := range calls {
