@@ -8,11 +8,8 @@ import (
 
 // Text names the version of this program: its tag (or, between two tags, Go's pseudo-version), commit and Go.
 func Text() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	return describe(info)
+	version, commit, goVersion := Parts()
+	return fmt.Sprintf("%s, commit %s, %s", version, commit, goVersion)
 }
 
 // Parts is Text in its parts. The commit says whether there were changes beside it.
@@ -22,11 +19,6 @@ func Parts() (version, commit, goVersion string) {
 		return "unknown", "unknown", "unknown"
 	}
 	return parts(info)
-}
-
-func describe(info *debug.BuildInfo) string {
-	version, commit, goVersion := parts(info)
-	return fmt.Sprintf("%s, commit %s, %s", version, commit, goVersion)
 }
 
 func parts(info *debug.BuildInfo) (version, commit, goVersion string) {

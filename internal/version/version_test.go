@@ -1,11 +1,12 @@
 package version
 
 import (
+	"fmt"
 	"runtime/debug"
 	"testing"
 )
 
-func TestDescribe(t *testing.T) {
+func TestParts(t *testing.T) {
 	for want, settings := range map[string][]debug.BuildSetting{
 		"v1.2.3, commit unknown, go1.26.0": nil,
 		"v1.2.3, commit abc, go1.26.0": {{Key: "vcs.revision", Value: "abc"},
@@ -14,7 +15,8 @@ func TestDescribe(t *testing.T) {
 			{Key: "vcs.revision", Value: "abc"}},
 	} {
 		info := &debug.BuildInfo{GoVersion: "go1.26.0", Main: debug.Module{Version: "v1.2.3"}, Settings: settings}
-		if got := describe(info); got != want {
+		version, commit, goVersion := parts(info)
+		if got := fmt.Sprintf("%s, commit %s, %s", version, commit, goVersion); got != want {
 			t.Errorf("%v: %q, want %q", settings, got, want)
 		}
 	}
