@@ -226,7 +226,7 @@ func ReadLot(ctx context.Context, r *directory.Reader, lot string) (*directory.M
 // NoLot says what to do about a lot's manifest that is not in the directory. It gives any other error as it is.
 func NoLot(lot string, err error) error {
 	if errors.Is(err, directory.ErrNotFound) {
-		return fmt.Errorf("the directory has no lot %s: check the name and --directory, or make it with factory "+
+		return fmt.Errorf("the directory has no lot %s: check its name and the directory's, or make it with factory "+
 			"lot create: %w", lot, err)
 	}
 	return err

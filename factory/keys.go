@@ -10,6 +10,7 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // The names of the line's keys. All but the signing key are those of one manufacturer, whom the signing key names.
@@ -166,8 +167,8 @@ func (l *Line) injection(ctx context.Context, fixture string) (k hsmkeys.Key, er
 	case fixture == "" && len(all) == 1:
 		fixture = all[0]
 	case fixture == "":
-		return k, fmt.Errorf("%d fixtures are enrolled, and injection packages are for one: say which with "+
-			"--fixture, of %s", len(all), strings.Join(all, ", "))
+		return k, usage.In("fixture", fmt.Errorf("%d fixtures are enrolled, and injection packages are for one: say "+
+			"which, of %s", len(all), strings.Join(all, ", ")))
 	case !slices.Contains(all, fixture):
 		return k, fmt.Errorf("no fixture %s is enrolled, but %s: run factory fixture enroll %[1]s first", fixture,
 			strings.Join(all, ", "))

@@ -128,8 +128,8 @@ func (l *Line) resumable(ctx context.Context, lot, dir string, from, to int) err
 	entries, err := l.state.Entries(ctx, l.Manufacturer(), lot)
 	for n := from; n < to && err == nil; n++ {
 		if entries[n].State > shard.Planned {
-			err = fmt.Errorf("shard %d of lot %s was made, and there is no folder %s: name with --out the one that "+
-				"its package is in, or bring that back", n, lot, dir)
+			err = usage.In("out", fmt.Errorf("shard %d of lot %s was made, and there is no folder %s: name the one "+
+				"that its package is in, or bring that back", n, lot, dir))
 		}
 	}
 	return err
@@ -388,8 +388,8 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*dire
 		return nil, err
 	}
 	if err := durable.WriteFile(path, file, 0o600); err != nil {
-		return nil, fmt.Errorf("the injection package cannot be written; make room or give another --out, and run "+
-			"this again: %w", err)
+		return nil, usage.In("out", fmt.Errorf("the injection package cannot be written; make room or name another "+
+			"folder, and run this again: %w", err))
 	}
 	return packed, nil
 }

@@ -18,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/strict"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -199,8 +200,8 @@ func (l *Line) Reissue(
 	// In another folder, the device's earlier packages and the stations would not be found.
 	dir := filepath.Join(out, lot)
 	if _, err := os.Stat(filepath.Join(dir, handover.ManifestFile)); durable.Missing(err) {
-		return "", fmt.Errorf("there are no injection packages of lot %s in %s: name with --out, or with state, the "+
-			"folder that lot provision wrote them to", lot, dir)
+		return "", usage.In("out", fmt.Errorf("there are no injection packages of lot %s in %s: name the folder that "+
+			"lot provision wrote them to, or, with state, the one that it is in", lot, dir))
 	} else if err != nil {
 		return "", err
 	}
@@ -209,8 +210,8 @@ func (l *Line) Reissue(
 		if e.Reason == reason {
 			if err := handover.CheckReissue(lot, path, e); err != nil {
 				if errors.Is(err, fs.ErrNotExist) {
-					err = fmt.Errorf("IMEI %s has its key for this reason already, and there is no %s: name with "+
-						"--out the folder that it was written to, or else", imei, path)
+					err = usage.In("out", fmt.Errorf("IMEI %s has its key for this reason already, and there is no "+
+						"%s: name the folder that it was written to, or else", imei, path))
 				}
 				return "", fmt.Errorf("%w: %s", err, handover.BringBack(e.Package))
 			}

@@ -40,7 +40,7 @@ func (t *FactoryToken) EnsureLotKey(
 		m, mech = pkcs11.CKM_RSA_X9_31_KEY_PAIR_GEN, "CKM_RSA_X9_31_KEY_PAIR_GEN"
 	} else if primes == PrimesX931 {
 		return nil, "", fmt.Errorf("%s has no CKM_RSA_X9_31_KEY_PAIR_GEN, so primes by ANSI X9.31 cannot be had from "+
-			"it: use a token that has it, or --primes auto", t)
+			"it: use a token that has it, or primes auto", t)
 	}
 	created, err := t.ensure(ctx, Factory, pkcs11.CKO_PRIVATE_KEY, k, func(s *p11.Session) error {
 		public, _, err := s.GeneratePair(m, keyspec.RSAPublic(bits), ck.Join(keyspec.Named(k), keyspec.Lot))
@@ -62,7 +62,7 @@ func (t *FactoryToken) EnsureLotKey(
 	}
 	if got := pub.N.BitLen(); !created && got != bits {
 		return nil, "", fmt.Errorf("%s already holds a key of %d bits for this lot, from a run that did not finish: "+
-			"ask for --bits %d", t, got, got)
+			"ask for %d bits", t, got, got)
 	}
 	if err = weakkey.Check(ctx, pub, bits); err != nil {
 		err = fmt.Errorf("%w: do not use this token for lots", err)

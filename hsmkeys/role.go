@@ -81,7 +81,7 @@ func (b *base) mustBe(s *p11.Session, side Side) error {
 		return err
 	}
 	if d.Side != side {
-		return Setting(fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: give --token of the %s's",
+		return Setting(fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: name one of the %s's",
 			b, d.Side, side))
 	}
 	return nil

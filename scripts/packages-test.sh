@@ -208,7 +208,8 @@ if [ -z "${2:-}" ]; then
 	version=$(dpkg-deb --field "$built"/1/kmehsm-keysvc_*.deb Version)
 	git clone -q . /mnt/tmp/later
 	cd /mnt/tmp/later
-	sed -i 's/sqlconn.First(schema)/sqlconn.Schema{Migrations: []string{schema, "CREATE TABLE later (x INTEGER)"}, Least: 1}/' \
+	added='"CREATE TABLE later (x INTEGER)"'
+	sed -i "s/sqlconn.First(schema)/sqlconn.Schema{Migrations: []string{schema, $added}, Least: 1}/" \
 		binding/sqlstore/open.go
 	sed -i 's/^ExecReload=/Environment=LATER=1\n&/' deploy/keysvc.service
 	echo '# later' | tee -a deploy/keysvc.yaml >>deploy/factory.yaml

@@ -9,6 +9,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/strict"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // NewVerdict makes a verdict of this moment.
@@ -129,8 +130,8 @@ func FindLot(ctx context.Context, store registry.Store, name, manufacturer strin
 			continue
 		}
 		if found != nil {
-			return nil, fmt.Errorf("lot %s is manufacturer %s's and also %s's: say which with --manufacturer", name,
-				found.Manufacturer, l.Manufacturer)
+			return nil, usage.In("manufacturer", fmt.Errorf("lot %s is manufacturer %s's and also %s's: say "+
+				"whose", name, found.Manufacturer, l.Manufacturer))
 		}
 		found = l
 	}

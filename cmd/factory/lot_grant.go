@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/factory"
@@ -51,7 +53,7 @@ func confirmSeal(c *cli.Context, token *hsmkeys.FactoryToken, lot string) error 
 		return err
 	}
 	if err := s.MaySeal(c.String("state")); err != nil && !c.Bool("force") {
-		return err
+		return fmt.Errorf("%w, or say --force", err)
 	}
 	return cmdline.Confirm(c, s.SealLoss(token), lot)
 }

@@ -9,7 +9,6 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -118,24 +117,11 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	case !info.Mode().IsRegular():
 		return nil, "", fmt.Errorf("%s cannot be read: it is no file", path)
 	}
-	if data, err = readAll(file); err != nil {
+	if data, err = durable.ReadUpTo(file, directory.MaxObject); err != nil {
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
-	}
-	if len(data) > directory.MaxObject { // whatever size it says that it has
-		return nil, "", fmt.Errorf("%s cannot be read: it is larger than any object", path)
 	}
 	sum := sha256.Sum256(data)
 	return data, hex.EncodeToString(sum[:]), nil
-}
-
-// readAll reads a file; of one that is larger than any object, one byte more than the largest object has.
-func readAll(file string) ([]byte, error) {
-	f, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, directory.MaxObject+1))
 }
 
 // gone fails if the folder of all objects is not there: then it is not known what is published. The error is not

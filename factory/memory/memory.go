@@ -125,7 +125,7 @@ func Missing(made, published []string) (missing []error) {
 	for _, lot := range made {
 		if !there[lot] {
 			missing = append(missing, fmt.Errorf("lot %s was made, and the directory does not have it: check "+
-				"--directory, and whether it is mounted", lot))
+				"the directory's name, and whether it is mounted", lot))
 		}
 	}
 	return missing

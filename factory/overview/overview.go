@@ -164,8 +164,8 @@ func (s *LotState) MaySeal(folder string) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it first, "+
-		"or say --force", s.Lot, strings.Join(missing, "; "))
+	return fmt.Errorf("lot %s is not sealed: %s. A sealed lot can be granted to nobody: finish it and grant it first",
+		s.Lot, strings.Join(missing, "; "))
 }
 
 // SealLoss says what is lost when the lot's key is sealed in a token.

@@ -93,7 +93,7 @@ func (v *View) Describe() (what, remedy string) {
 	switch v.Standing() {
 	case PackageMissing:
 		return fmt.Sprintf("its keys are published, and %s is missing: there is no such injection package", v.Path),
-			fmt.Sprintf("name with --out the folder that it is in, or bring it back, SHA-256 %x: the private keys are "+
+			fmt.Sprintf("name the folder that it is in, or bring it back, SHA-256 %x: the private keys are "+
 				"nowhere else",
 				v.published.Package) + lastWay
 	case PackageDamaged:

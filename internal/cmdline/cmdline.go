@@ -107,6 +107,9 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	if errors.Is(err, fs.ErrPermission) {
 		text += ": this user may not; run it as the one whose file that is"
 	}
+	if about, ok := errors.AsType[usage.About](err); ok {
+		text = "--" + about.Setting + ": " + text
+	}
 	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, text)
 	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})

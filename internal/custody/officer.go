@@ -11,6 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys/officer"
 	"github.com/kmehsm/kmehsm/internal/durable"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // A Token is the token whose security officer's PIN it is.
@@ -59,8 +60,8 @@ func (o Officer) PIN(
 	}
 	if o.Source != "" {
 		if inForce != nil && begun == nil && basis != Anything {
-			return pin, nil, fmt.Errorf("the security officer's PIN of %s is in shares, %s: give --so-share; no PIN "+
-				"of a file was tried", token, describe(inForce))
+			return pin, nil, usage.In("so-share", fmt.Errorf("the security officer's PIN of %s is in shares, %s: give "+
+				"these; no PIN of a file was tried", token, describe(inForce)))
 		}
 		if pin.PIN, err = hsmkeys.ReadPIN(o.Source); err != nil {
 			return pin, nil, fmt.Errorf("the security officer's PIN: %w", err)
@@ -75,15 +76,17 @@ func (o Officer) PIN(
 	}
 	switch {
 	case len(o.Shares) > 0 && len(q.Splits) == 0 && basis != Anything:
-		err = fmt.Errorf("the security officer's PIN of %s is in no shares: give --so-pin-source; if somebody has "+
-			"removed what the token says of them, factory so check with the shares brings it back", token)
+		err = usage.In("so-pin-source", fmt.Errorf("the security officer's PIN of %s is in no shares: name its file; "+
+			"if somebody has removed what the token says of them, factory so check with the shares brings it back",
+			token))
 	case len(o.Shares) > 0:
 		err = q.ReadFiles(o.Shares)
 	case len(q.Splits) == 0:
-		err = fmt.Errorf("%w of %s, which is in no shares: give --so-pin-source", ErrNoOfficerPIN, token)
+		err = usage.In("so-pin-source", fmt.Errorf("%w of %s, which is in no shares: name its file", ErrNoOfficerPIN,
+			token))
 	case o.Ask == nil:
-		err = fmt.Errorf("%w of %s, which is in shares, %s: give --so-share for each, or run this at a terminal",
-			ErrNoOfficerPIN, token, describe(inForce))
+		err = usage.In("so-share", fmt.Errorf("%w of %s, which is in shares, %s: give each, or run this at a terminal",
+			ErrNoOfficerPIN, token, describe(inForce)))
 	default:
 		err = o.Ask(q)
 	}

@@ -40,11 +40,11 @@ func Check(name string) error {
 		return nil
 	case where != "" && kind == "vault":
 		if err := directory.CheckName(where); err != nil {
-			return usage.Errorf("the mount of --directory: %w", err)
+			return usage.In("directory", usage.Errorf("the mount: %w", err))
 		}
 		return nil
 	}
-	return usage.Errorf("--directory %q is neither file:DIR nor vault:MOUNT", name)
+	return usage.In("directory", usage.Errorf("%q is neither file:DIR nor vault:MOUNT", name))
 }
 
 // Open opens the store that a name stands for. A login to Vault is kept alive until ctx ends.

@@ -22,31 +22,43 @@ func WriteNew(path string, data []byte, perm os.FileMode) error {
 		return err
 	}
 	if err := WriteFile(path, data, perm); err != nil {
-		return fmt.Errorf("the file cannot be written; make room, or name another with --out: %w", err)
+		return NotWritten(err)
 	}
 	return nil
 }
 
-// CheckNew fails if path exists, or its folder does not. Call it before work whose result differs each time.
-func CheckNew(path string) error {
+// out is the setting that names a file for another party.
+const out = "out"
+
+// NotWritten is the error of a file for another party that cannot be written.
+func NotWritten(err error) error {
+	return usage.In(out, fmt.Errorf("the file cannot be written; make room, or name another: %w", err))
+}
+
+// CheckNew fails if path exists, or its folder does not. Call it before work whose result differs each time. Its errors
+// are about the setting out.
+func CheckNew(path string) error { return usage.In(out, checkNew(path)) }
+
+func checkNew(path string) error {
 	if folder, err := os.Stat(filepath.Dir(path)); err != nil || !folder.IsDir() {
-		return usage.Errorf("--out: there is no folder %s", filepath.Dir(path))
+		return usage.Errorf("there is no folder %s", filepath.Dir(path))
 	}
 	switch there, err := os.Lstat(path); {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	case err != nil:
-		return usage.Errorf("--out: %w: name another file", err)
+		return usage.Errorf("%w: name another file", err)
 	case there.IsDir():
-		return usage.Errorf("--out: %s is a folder: name a file in it", path)
+		return usage.Errorf("%s is a folder: name a file in it", path)
 	}
-	return fmt.Errorf("%s is there already, with another content: name another file with --out, or move that one away",
-		path)
+	return fmt.Errorf("%s is there already, with another content: name another file, or move that one away", path)
 }
 
 // ReadFile reads a file that passes between parties, with a limit on its size.
-func ReadFile(path string) ([]byte, error) {
-	const limit = 16 << 20
+func ReadFile(path string) ([]byte, error) { return ReadUpTo(path, 16<<20) }
+
+// ReadUpTo reads a file, whatever size it says that it has, with a limit on its bytes.
+func ReadUpTo(path string, limit int) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -55,7 +67,7 @@ func ReadFile(path string) ([]byte, error) {
 	if info, err := f.Stat(); err == nil && info.IsDir() {
 		return nil, fmt.Errorf("%s is a folder: name a file in it", path)
 	}
-	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	data, err := io.ReadAll(io.LimitReader(f, int64(limit)+1))
 	if err == nil && len(data) > limit {
 		err = fmt.Errorf("%s is larger than any file of ours", path)
 	}

@@ -19,6 +19,7 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/milenage"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -32,7 +33,7 @@ func (t Tamper) Check() error {
 	if t == "" || slices.Contains(tampers, t) {
 		return nil
 	}
-	return fmt.Errorf("--tamper is one of %v, not %q", tampers, string(t))
+	return usage.In("tamper", fmt.Errorf("it is one of %v, not %q", tampers, string(t)))
 }
 
 // A Network is what devices attach to: the service itself, or an MME with the SIMs of its subscribers.
@@ -168,7 +169,7 @@ func (a *attaching) one(ctx context.Context, i int) error {
 }
 
 func boundAlready(imsi kme.IMSI) error {
-	return fmt.Errorf("IMSI %s is bound already: choose others with --first-imsi", imsi)
+	return usage.In("first-imsi", fmt.Errorf("IMSI %s is bound already: choose others", imsi))
 }
 
 // timed measures how long f takes.
@@ -188,7 +189,7 @@ func (a *attaching) message(i int, imsi kme.IMSI) (*Message, error) {
 	switch a.tamper {
 	case "other-device":
 		if len(a.Devices) < 2 {
-			return nil, errors.New("--tamper other-device needs two devices")
+			return nil, usage.In("tamper", errors.New("other-device needs two devices"))
 		}
 		key = a.Devices[(i+1)%len(a.Devices)].key
 	case "other-lot":

@@ -15,6 +15,7 @@ import (
 	"sync"
 
 	"github.com/kmehsm/kmehsm/internal/milenage"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -209,7 +210,7 @@ func authenticate(sim *milenage.SIM, rand [aes.BlockSize]byte, v vector) (sqn ui
 func (a *attaching) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m *Message) error {
 	sim := a.SIMs[imsi]
 	if sim == nil {
-		return fmt.Errorf("--subscribers has no IMSI %s", imsi)
+		return usage.In("subscribers", fmt.Errorf("there is no IMSI %s in it", imsi))
 	}
 	v, control, attempt, err := a.MME.vectors(ctx, imsi, nil)
 	if err != nil {

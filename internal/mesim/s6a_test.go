@@ -140,7 +140,7 @@ func TestAttachS6a(t *testing.T) {
 	}
 	run.First = 8
 	if _, err := run.Attach(t.Context(), ""); err == nil ||
-		!strings.Contains(err.Error(), "--subscribers has no IMSI") {
+		!strings.Contains(err.Error(), "there is no IMSI") {
 		t.Errorf("without a SIM: %v", err)
 	}
 }

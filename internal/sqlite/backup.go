@@ -68,7 +68,7 @@ func Backup(
 // not have, and no process has it open. An empty file has no tables.
 func replaceable(ctx context.Context, from, to string) error {
 	if _, err := os.Stat(to + "-wal"); err == nil {
-		return fmt.Errorf("%s is a database that is in use: name another file with --out", to)
+		return fmt.Errorf("%s is a database that is in use: name another file", to)
 	}
 	err := withConn(ctx, from, "&_query_only=on", func(conn *sql.Conn, _ *sqlite3.SQLiteConn) error {
 		if _, err := conn.ExecContext(ctx, "ATTACH ? AS there", to); err != nil {
@@ -83,8 +83,8 @@ func replaceable(ctx context.Context, from, to string) error {
 		return err
 	})
 	if err != nil {
-		err = fmt.Errorf("%s is there already, with another content than an earlier backup (%w): name another file "+
-			"with --out, or move that one away", to, err)
+		err = fmt.Errorf("%s is there already, with another content than an earlier backup (%w): name another file, "+
+			"or move that one away", to, err)
 	}
 	return err
 }

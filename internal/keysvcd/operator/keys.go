@@ -91,8 +91,7 @@ func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, 
 		err = durable.WriteFile(path, data, 0o644)
 	}
 	if err != nil {
-		return "", fmt.Errorf("the file cannot be written; make room, or name another with --out: %w",
-			errors.Join(err, destroy(ctx, pub)))
+		return "", durable.NotWritten(errors.Join(err, destroy(ctx, pub)))
 	}
 	return pemkey.Thumbprint(pub), nil
 }

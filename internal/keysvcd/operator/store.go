@@ -107,24 +107,24 @@ func UseStore(ctx context.Context, token Token, name string, f func(*sqlstore.St
 // service serves from. report is told the number so far.
 func Migrate(ctx context.Context, token Token, from, to string, report func(rows int)) (rows int, err error) {
 	if there, err := there(ctx, from); err == nil && !there {
-		return 0, usage.Errorf("--from: there is no store at %s: check its path", sqlstore.File(from))
+		return 0, usage.In("from", usage.Errorf("there is no store at %s: check its path", sqlstore.File(from)))
 	}
 	source, err := OpenStore(ctx, token, from)
 	if err != nil {
-		return 0, fmt.Errorf("--from: %w", err)
+		return 0, usage.In("from", err)
 	}
 	defer func() { err = errors.Join(err, source.Close()) }()
 	unlock, err := ServeAlone(from) // what a service confirmed meanwhile would be lost
 	if err != nil {
-		return 0, fmt.Errorf("--from: %w", err)
+		return 0, usage.In("from", err)
 	}
 	defer unlock()
 	if err := mark.Check(ctx, source, token); err != nil {
-		return 0, fmt.Errorf("--from: %w", err)
+		return 0, usage.In("from", err)
 	}
 	target, err := makeStore(ctx, token, to)
 	if err != nil {
-		return 0, fmt.Errorf("--to: %w", err)
+		return 0, usage.In("to", err)
 	}
 	defer func() { err = errors.Join(err, target.Close()) }()
 	if rows, err = source.Copy(ctx, target, report); err == nil {
