@@ -19,7 +19,7 @@ func TestNext(t *testing.T) {
 			LotState: &LotState{Manifest: &directory.Manifest{Lot: "L1"}, Devices: 40, Published: 40, Sealed: true,
 				Granted: []factory.Granted{{Operator: "op"}}, NextUpdate: now.Add(time.Hour)},
 			Work:      new(Work),
-			Injection: &station.Counts{Devices: 40, Injected: 40},
+			Injection: &station.Counts{Devices: 40, Results: station.Results{Injected: 40}},
 		}
 		change(s)
 		return s
@@ -47,15 +47,17 @@ func TestNext(t *testing.T) {
 		"sealed and not granted": {lot(func(s *Shift) { s.Granted = nil }),
 			[]string{"find out whether another folder"}},
 		"failed, and overdue": {lot(func(s *Shift) {
-			*s.Injection = station.Counts{Devices: 40, Injected: 35, Failed: 3, Overdue: 2}
+			*s.Injection = station.Counts{Devices: 40, Results: station.Results{Injected: 35, Failed: 3, Overdue: 2}}
 		}),
 			[]string{"factory station report L1: 3 devices have failed, and 2 are overdue"}},
-		"to be injected": {lot(func(s *Shift) { *s.Injection = station.Counts{Devices: 40, Waiting: 7, Injected: 33} }),
+		"to be injected": {lot(func(s *Shift) {
+			*s.Injection = station.Counts{Devices: 40, Waiting: 7, Results: station.Results{Injected: 33}}
+		}),
 			[]string{"stations: 7 published devices wait"}},
 		"no station yet": {lot(func(s *Shift) { s.Injection = nil }), []string{"factory station serve, or take"}},
 		"all at once": {lot(func(s *Shift) {
 			s.Published, s.Waiting, s.Sealed, s.NoList = 20, 5, false, "not found"
-			*s.Injection = station.Counts{Devices: 40, Waiting: 25, Failed: 1, Injected: 14}
+			*s.Injection = station.Counts{Devices: 40, Waiting: 25, Results: station.Results{Failed: 1, Injected: 14}}
 		}),
 			[]string{"factory reconcile L1", "see whether", "factory station report L1", "stations: 5 published"}},
 	} {

@@ -38,25 +38,8 @@ func LotWork(ctx context.Context, state string, m *directory.Manifest) (counts *
 		if last := len(stations) - 1; last < 0 || stations[last].Station != name {
 			stations = append(stations, Work{Station: name})
 		}
-		w := &stations[len(stations)-1]
-		switch state {
-		case Out:
-			counts.Out += n
-		case Injected:
-			counts.Injected += n
-			w.Injected += n
-		case Failed:
-			counts.Failed += n
-			w.Failed += n
-		case Scrapped:
-			counts.Scrapped += n
-			w.Scrapped += n
-		case Overdue:
-			counts.Overdue += n
-			w.Overdue += n
-		case Revoked:
-			counts.Revoked += n
-		}
+		counts.add(state, n)
+		stations[len(stations)-1].add(state, n)
 		return nil
 	}, "SELECT station, again = 0, state, count(*) FROM device WHERE lot = ? GROUP BY 1, 2, 3 ORDER BY 1", m.Lot)
 	return counts, stations, err

@@ -44,31 +44,36 @@ const (
 // Counts are a lot's devices. Waiting, Out and what follows add up to Devices, but for those of lot reissue, which
 // count once for each key.
 type Counts struct {
-	Lot      string `json:"lot"`
-	Devices  int    `json:"devices"`
-	Ready    int    `json:"ready"` // of those that wait, those that can be injected now; -1: not known
-	Waiting  int    `json:"waiting"`
-	Out      int    `json:"out"`
-	Injected int    `json:"injected"`
-	Failed   int    `json:"failed"`
-	Scrapped int    `json:"scrapped"`
-	Overdue  int    `json:"overdue"`
-	Revoked  int    `json:"revoked"`
+	Lot     string `json:"lot"`
+	Devices int    `json:"devices"`
+	Ready   int    `json:"ready"` // of those that wait, those that can be injected now; -1: not known
+	Waiting int    `json:"waiting"`
+	Out     int    `json:"out"`
+	Results
+	Revoked int `json:"revoked"`
+}
+
+func (c *Counts) add(state State, n int) {
+	switch state {
+	case Out:
+		c.Out += n
+	case Revoked:
+		c.Revoked += n
+	default:
+		c.Results.add(state, n)
+	}
 }
 
 // Work is what a station did: how often, not how many devices.
 type Work struct {
-	Station  string     `json:"station"`
-	Holds    string     `json:"holds,omitempty"` // the IMEI that it has
-	Last     *time.Time `json:"last"`            // when it last asked or reported, in the last hour; else nil
-	Hour     Results    `json:"hour"`            // of the last hour
-	Injected int        `json:"injected"`
-	Failed   int        `json:"failed"`
-	Scrapped int        `json:"scrapped"`
-	Overdue  int        `json:"overdue"`
+	Station string     `json:"station"`
+	Holds   string     `json:"holds,omitempty"` // the IMEI that it has
+	Last    *time.Time `json:"last"`            // when it last asked or reported, in the last hour; else nil
+	Hour    Results    `json:"hour"`            // of the last hour
+	Results
 }
 
-// Results are how often a station's devices ended in which way.
+// Results are how often devices ended in which way.
 type Results struct {
 	Injected int `json:"injected"`
 	Failed   int `json:"failed"`
@@ -76,15 +81,25 @@ type Results struct {
 	Overdue  int `json:"overdue"`
 }
 
+func (r *Results) add(state State, n int) {
+	switch state {
+	case Injected:
+		r.Injected += n
+	case Failed:
+		r.Failed += n
+	case Scrapped:
+		r.Scrapped += n
+	case Overdue:
+		r.Overdue += n
+	}
+}
+
 func (r Results) bad() int { return r.Failed + r.Scrapped + r.Overdue }
 
 // A Minute is one of those in the plot.
 type Minute struct {
-	Start    time.Time `json:"start"`
-	Injected int       `json:"injected"`
-	Failed   int       `json:"failed"`
-	Scrapped int       `json:"scrapped"`
-	Overdue  int       `json:"overdue"`
+	Start time.Time `json:"start"`
+	Results
 }
 
 // Status is at most a second old, however many ask.
@@ -142,8 +157,7 @@ func (d *Desk) countLots(ctx context.Context, s *Status) error {
 		if again == 0 {
 			c.Waiting -= n
 		}
-		*map[State]*int{Out: &c.Out, Injected: &c.Injected, Failed: &c.Failed, Scrapped: &c.Scrapped,
-			Overdue: &c.Overdue, Revoked: &c.Revoked}[state] += n
+		c.add(state, n)
 		return nil
 	}, "SELECT lot, again, state, n FROM now")
 	d.mu.Lock()
@@ -278,11 +292,7 @@ func (d *Desk) countWork(ctx context.Context, s *Status) error {
 		if err := scan(&station, &state, &n); err != nil {
 			return err
 		}
-		w := work(station)
-		if to, ok := map[State]*int{Injected: &w.Injected, Failed: &w.Failed, Scrapped: &w.Scrapped,
-			Overdue: &w.Overdue}[state]; ok {
-			*to = n
-		}
+		work(station).add(state, n)
 		return nil
 	}, "SELECT station, state, n FROM work")
 	if err != nil {
@@ -297,10 +307,7 @@ func (d *Desk) countWork(ctx context.Context, s *Status) error {
 			return err
 		}
 		w := work(station)
-		if to, ok := map[State]*int{Injected: &w.Hour.Injected, Failed: &w.Hour.Failed, Scrapped: &w.Hour.Scrapped,
-			Overdue: &w.Hour.Overdue}[state]; ok {
-			*to = n
-		}
+		w.Hour.add(state, n)
 		if t := when(last); state != Overdue && (w.Last == nil || t.After(*w.Last)) {
 			w.Last = t
 		}
@@ -310,8 +317,7 @@ func (d *Desk) countWork(ctx context.Context, s *Status) error {
 		s.Stations = append(s.Stations, *w)
 	}
 	slices.SortFunc(s.Stations, func(a, b Work) int {
-		total := func(w Work) int { return w.Failed + w.Scrapped + w.Overdue }
-		return cmp.Or(b.Hour.bad()-a.Hour.bad(), total(b)-total(a), strings.Compare(a.Station, b.Station))
+		return cmp.Or(b.Hour.bad()-a.Hour.bad(), b.bad()-a.bad(), strings.Compare(a.Station, b.Station))
 	})
 	return err
 }
@@ -331,11 +337,7 @@ func (d *Desk) lastHour(ctx context.Context, s *Status) error {
 		}
 		i = min(max(i, 0), 59) // if the clock was set back, there are steps in the future
 		begun = min(begun, i)
-		m := &s.Hour[i]
-		if to, ok := map[State]*int{Injected: &m.Injected, Failed: &m.Failed, Scrapped: &m.Scrapped,
-			Overdue: &m.Overdue}[state]; ok {
-			*to += n
-		}
+		s.Hour[i].add(state, n)
 		return nil
 	}, "SELECT (at - ?1) / 60000, state, count(*) FROM event WHERE at >= ?1 GROUP BY 1, 2", first.UnixMilli())
 	injected := 0
