@@ -45,7 +45,7 @@ func operatorEnroll(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	transport, err := handover.ParseTransportKey(data, c.String("thumbprint"))
+	transport, err := handover.ParseReceiver(handover.TypeTransportKey, data, c.String("thumbprint"))
 	if err != nil {
 		return fmt.Errorf("the operator's transport key %s: %w", c.String("transport-key"), err)
 	}

@@ -84,7 +84,7 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	to, err := handover.ParseRestoreKey(data, c.String("thumbprint"))
+	to, err := handover.ParseReceiver(handover.TypeRestoreKey, data, c.String("thumbprint"))
 	if err != nil {
 		return fmt.Errorf("--to: %w", err)
 	}

@@ -100,35 +100,20 @@ const (
 	TypeFixtureEnrolment = "kme-fixture-enrolment"
 )
 
-// NewTransportKey makes the file.
-func NewTransportKey(pub *rsa.PublicKey, token string) ([]byte, error) {
-	return newReceiver(TypeTransportKey, pub, token)
-}
-
-// NewRestoreKey makes one of TypeRestoreKey.
-func NewRestoreKey(pub *rsa.PublicKey, token string) ([]byte, error) {
-	return newReceiver(TypeRestoreKey, pub, token)
-}
-
-func newReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
+// NewReceiver makes the file of a TransportKey, of one of its two types.
+func NewReceiver(typ string, pub *rsa.PublicKey, token string) ([]byte, error) {
 	return marshalFile(&TransportKey{
 		Type: typ, Token: token, Created: time.Now().UTC().Truncate(time.Second),
 		Key: jose.JSONWebKey{Key: pub, KeyID: pemkey.Thumbprint(pub), Use: "enc", Algorithm: RSAOAEP},
 	})
 }
 
-// ParseTransportKey reads the file. It refuses a key without the thumbprint that its owner has read out.
-func ParseTransportKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
-	return parseReceiver(TypeTransportKey, "it is no transport key, as keysvc transport new writes it",
-		data, thumbprint)
-}
-
-// ParseRestoreKey does the same with one of TypeRestoreKey.
-func ParseRestoreKey(data []byte, thumbprint string) (*rsa.PublicKey, error) {
-	return parseReceiver(TypeRestoreKey, "it is no restore key, as keysvc backup prepare writes it", data, thumbprint)
-}
-
-func parseReceiver(typ, otherwise string, data []byte, thumbprint string) (*rsa.PublicKey, error) {
+// ParseReceiver reads the file. It refuses another type, and a key without the thumbprint that its owner has read out.
+func ParseReceiver(typ string, data []byte, thumbprint string) (*rsa.PublicKey, error) {
+	otherwise := map[string]string{
+		TypeTransportKey: "it is no transport key, as keysvc transport new writes it",
+		TypeRestoreKey:   "it is no restore key, as keysvc backup prepare writes it",
+	}[typ]
 	k := new(TransportKey)
 	if err := strict.Parse(data, k); err != nil {
 		return nil, fmt.Errorf("%s: %w", otherwise, err)

@@ -112,8 +112,9 @@ func TestPartiesFiles(t *testing.T) {
 		}
 	}
 	transport := &must.Get[*rsa.PrivateKey](t)(testkeys.RSA(2048)).PublicKey
-	file := must.Get[[]byte](t)(NewTransportKey(transport, "0123"))
-	if pub, err := ParseTransportKey(file, pemkey.Thumbprint(transport)); err != nil || !pub.Equal(transport) {
+	file := must.Get[[]byte](t)(NewReceiver(TypeTransportKey, transport, "0123"))
+	pub, err := ParseReceiver(TypeTransportKey, file, pemkey.Thumbprint(transport))
+	if err != nil || !pub.Equal(transport) {
 		t.Error(pub, err)
 	}
 	fixture := must.Get[[]byte](t)(pemkey.Encode(transport))
@@ -127,13 +128,13 @@ func TestPartiesFiles(t *testing.T) {
 		"for signatures": strings.Replace(string(file), `"enc"`, `"sig"`, 1),
 		"for RSA1_5":     strings.Replace(string(file), `"RSA-OAEP"`, `"RSA1_5"`, 1),
 	} {
-		if _, err := ParseTransportKey([]byte(bad), pemkey.Thumbprint(transport)); err == nil {
+		if _, err := ParseReceiver(TypeTransportKey, []byte(bad), pemkey.Thumbprint(transport)); err == nil {
 			t.Errorf("a transport key, %s: accepted", name)
 		}
 	}
 	for _, readOut := range []string{"", directory.NewVerifier(&key.PublicKey).KeyID(),
 		pemkey.Thumbprint(transport) + "A"} {
-		if _, err := ParseTransportKey(file, readOut); err == nil ||
+		if _, err := ParseReceiver(TypeTransportKey, file, readOut); err == nil ||
 			!strings.Contains(err.Error(), "read it out again") {
 			t.Errorf("thumbprint %q: %v", readOut, err)
 		}
@@ -182,11 +183,11 @@ func FuzzParse(f *testing.F) {
 	}
 	transport := &must.Get[*rsa.PrivateKey](f)(testkeys.RSA(2048)).PublicKey
 	f.Add(enrolment)
-	f.Add(must.Get[[]byte](f)(NewTransportKey(transport, "0123")))
+	f.Add(must.Get[[]byte](f)(NewReceiver(TypeTransportKey, transport, "0123")))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		ParseFixtureEnrolment(data)
-		ParseTransportKey(data, "")
-		ParseRestoreKey(data, "")
+		ParseReceiver(TypeTransportKey, data, "")
+		ParseReceiver(TypeRestoreKey, data, "")
 	})
 }
 

@@ -124,7 +124,7 @@ func attackDemo(t *testing.T, w *world, dir string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		typed, err := handover.NewTransportKey(key, "1")
+		typed, err := handover.NewReceiver(handover.TypeTransportKey, key, "1")
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -36,7 +36,7 @@ func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path str
 	if err != nil {
 		return "", err
 	}
-	data, err := handover.NewTransportKey(pub, token.Serial())
+	data, err := handover.NewReceiver(handover.TypeTransportKey, pub, token.Serial())
 	return handOut(ctx, pub, path, data, err, token.DestroyTransportKey)
 }
 
@@ -55,7 +55,7 @@ func NewRestoreKey(
 	if err != nil {
 		return "", err
 	}
-	data, err := handover.NewRestoreKey(pub, token.Serial())
+	data, err := handover.NewReceiver(handover.TypeRestoreKey, pub, token.Serial())
 	return handOut(ctx, pub, path, data, err, token.DestroyRestoreKey)
 }
 

@@ -37,7 +37,7 @@ func TestCreateBackup(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pub, err := handover.ParseRestoreKey(data, thumbprint)
+	pub, err := handover.ParseReceiver(handover.TypeRestoreKey, data, thumbprint)
 	if err != nil {
 		t.Fatal(err)
 	}
