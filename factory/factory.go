@@ -207,11 +207,6 @@ func (l *Line) bare(ctx context.Context, m *directory.Manifest) (bool, error) {
 	return true, nil
 }
 
-// Lots gives the manifests of all lots, their signatures verified.
-func (l *Line) Lots(ctx context.Context) ([]*directory.Manifest, error) {
-	return l.reader.Manifests(ctx)
-}
-
 // Lot gives a lot's manifest, its signature verified.
 func (l *Line) Lot(ctx context.Context, lot string) (*directory.Manifest, error) {
 	return ReadLot(ctx, l.reader, lot)

@@ -114,7 +114,7 @@ type Refreshed struct {
 // RefreshAll is Refresh for several lots, or for all if none is named. One that fails does not hold up the others.
 func (l *Line) RefreshAll(ctx context.Context, lots []string, validity time.Duration, begin bool) ([]Refreshed, error) {
 	if len(lots) == 0 {
-		all, err := l.Lots(ctx)
+		all, err := l.reader.Manifests(ctx)
 		if err != nil {
 			return nil, err
 		}

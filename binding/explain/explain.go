@@ -37,11 +37,10 @@ func OfSubscription(k binding.Known) *Subscription {
 		e.refusal(k)
 		return e
 	}
-	b := k.Subscription.Latest()
-	if b != nil {
+	if b := k.Subscription.Latest(); b != nil {
 		e.State = string(b.State)
 	}
-	e.stands(k, b)
+	e.stands(k)
 	for _, a := range k.Subscription.Attempts {
 		if a.Origin == (kme.Origin{}) {
 			e.say("An administrator lets it be bound to another device, once, until %s.", stamp(a.Expires))
@@ -78,7 +77,7 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 // firstAttach is what to do for a subscription that is not bound, unless its last refusal asks for something else.
 const firstAttach = "have its device attach; if the HSS names the MME or AMF as origin, provision_from has to allow it"
 
-func (e *Subscription) stands(k binding.Known, b *binding.Binding) {
+func (e *Subscription) stands(k binding.Known) {
 	s := k.Subscription
 	if a := s.Active; a != nil {
 		e.say("It is bound to device %s of lot %s since %s: its vectors are pre-processed, and only that device can "+

@@ -62,7 +62,8 @@ func line(state LineState, stations, lots int) *Status {
 		s.Lots = append(s.Lots, Counts{Lot: fmt.Sprintf("ACME-2026-Q4-EUROPE-modem-revision-B-%07d", i),
 			Devices: 1_000_000, Ready: 123_456,
 			Waiting: 323_456, Out: 24,
-			Results: Results{Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3), Overdue: 12 * (i % 2)}})
+			Results: Results{Injected: 654_321, Failed: 1234 * (i % 2), Scrapped: 123 * (i % 3),
+				Overdue: 12 * (i % 2)}})
 	}
 	for i := range stations {
 		w := Work{Station: fmt.Sprintf("hall-3-fixture-station-left-hand-side-%02d", i), Last: s.Last,

@@ -109,7 +109,7 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspe
 		}
 		return value
 	}
-	expect := func(attribute uint, should bool) bool {
+	expect := func(attribute uint, should bool) {
 		value, there := x.flag(h, attribute)
 		if name := attributeNames[attribute]; there {
 			f.Attributes[name] = value
@@ -119,7 +119,6 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspe
 		} else if should {
 			unsaid = append(unsaid, name)
 		}
-		return there && value == should
 	}
 
 	expect(pkcs11.CKA_SENSITIVE, true)

@@ -139,9 +139,8 @@ func PrintReport(c *cli.Context, r *config.Report) error {
 		if wrong == 1 {
 			problems = "problem"
 		}
-		err = saidUsage(fmt.Errorf("%s has %d %s", cmp.Or(r.Path, "the configuration"), wrong, problems))
+		err = fmt.Errorf("%s has %d %s", cmp.Or(r.Path, "the configuration"), wrong, problems)
+		err = exitError{error: saidError{error: err}, code: exitUsage}
 	}
 	return err
 }
-
-func saidUsage(err error) error { return exitError{error: saidError{error: err}, code: exitUsage} }
