@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The figures of docs/performance.md, in var/bench: a manufacturer and an operator on SoftHSM, a Vault on Raft storage,
-# and bin/bench, which measures. make bench runs it. PAIRS, SECONDS_EACH, BITS=2048,3072 and
-# ONLY=PART,PART are its settings; with ONLY, the other parts of bench.json stay as the last run has left them.
+# Measures the figures of docs/performance.md, in var/bench: it sets up a manufacturer and an operator on SoftHSM, and a
+# Vault on Raft storage, and starts bin/bench. make bench runs it. Its settings are PAIRS, SECONDS_EACH, BITS=2048,3072
+# and ONLY=PART,PART. With ONLY, it measures these parts, and keeps the other parts of bench.json.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=2000
@@ -13,7 +13,7 @@ last=
 
 openssl genrsa -out "$dir/fixture.key" 3072 2>/dev/null
 openssl rsa -in "$dir/fixture.key" -pubout -out "$dir/fixture.pem" 2>/dev/null
-# quiet COMMAND...: its output goes into a log, which is shown if it fails
+# quiet COMMAND...: runs it with its output in a log, and shows the log if it fails
 quiet() {
 	"$@" >>"$dir/setup.log" 2>&1 || { cat "$dir/setup.log" >&2 && exit 1; }
 }
@@ -28,7 +28,7 @@ for bits in 2048 3072; do
 	quiet factory lot provision "L$bits" "${line[@]}" --out "$dir/injection-$bits"
 done
 
-# operator NAME TOKEN: has an operator's keys and all lots in a token, and its state in dir/NAME
+# operator NAME TOKEN: puts an operator's keys and all lots into a token, and its state into dir/NAME
 operator() {
 	local name=$1 state=(--state "$dir/$1") thumbprint
 	export KMEHSM_TOKEN=$2
@@ -48,7 +48,7 @@ operator keysvc "$OPERATOR_TOKEN"
 . scripts/certificates.sh
 certificate keysvc IP:127.0.0.1 serverAuth
 certificate hss DNS:hss.bench clientAuth
-# configuration NAME TOKEN: that of an instance, in dir/NAME.yaml; the caller may append to it
+# configuration NAME TOKEN: writes an instance's configuration, dir/NAME.yaml, which the caller may extend
 configuration() {
 	cat >"$dir/$1.yaml" <<EOC
 token: '$2'

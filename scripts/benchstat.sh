@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The benchmarks of the hot paths at another revision and as they are now, alternating, compared by benchstat.
-# make benchstat runs it. BASE is the revision, COUNT how often each is run.
+# Runs the benchmarks of the hot paths at another revision and in this tree, in turn, and compares them by benchstat.
+# make benchstat runs it. BASE is the revision; COUNT is how often each benchmark runs.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 base=${BASE:-HEAD~1} count=${COUNT:-6}
@@ -10,7 +10,7 @@ hot='Payload|Device|Shard256|RawDecrypt|Verify|Tag|Seal|EncryptRAND|Establish|Pr
 dir=$(mktemp -d)
 trap 'git worktree remove --force "$dir/base"; rm -rf "$dir"' EXIT
 git worktree add --quiet --detach "$dir/base" "$base"
-# each COMMAND: in both trees, with $name and $p set
+# each COMMAND: runs it in both trees, with $name and $p set
 each() {
 	for p in "${packages[@]}"; do
 		for name in base now; do

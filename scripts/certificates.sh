@@ -4,7 +4,7 @@
 mkdir -p "$dir/tls"
 openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$dir/tls/ca.key" \
 	-out "$dir/tls/ca.pem" -days 2 -subj "/CN=kmehsm test CA" 2>/dev/null
-# certificate NAME SUBJECTALTNAME USAGE: dir/tls/NAME.pem and NAME.key
+# certificate NAME SUBJECTALTNAME USAGE: makes dir/tls/NAME.pem and NAME.key
 certificate() {
 	openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout "$dir/tls/$1.key" \
 		-subj "/CN=$1" 2>/dev/null |

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole flow on SoftHSM, in var/demo: a manufacturer and an operator with a token each, devices, and refusals.
-# make demo runs it; DEVICES, BITS and DIRECTORY are its settings.
+# Shows the whole flow on SoftHSM, in var/demo: a manufacturer and an operator with a token each, devices, and refusals.
+# make demo runs it. Its settings are DEVICES, BITS and DIRECTORY.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,7 +20,7 @@ rm -rf "$dir"
 mkdir -p "$dir"
 
 server='' vault=''
-# Whatever happens, what was started here ends here.
+# What this script starts, it ends, whatever happens.
 finish() {
 	local status=$?
 	for pid in $server $vault; do
@@ -32,7 +32,7 @@ finish() {
 trap finish EXIT
 
 step() { printf '\n== %s\n' "$*"; }
-# run prints a command as one would type it, and runs it. What is long and secret-free in it is set in variables before.
+# run prints a command as one would type it, and runs it. Long values without secrets are in variables.
 exec 3>&1 # where the demo prints, also from within $(run ...)
 run() {
 	local word line='$'
@@ -49,7 +49,7 @@ step "1. A token for each, by SoftHSM (a real HSM comes with its own)"
 # shellcheck source=/dev/null
 . "$dir/softhsm/env"
 
-# The line's own folder and its way to the directory, the operator's name for that, and the service's login.
+# These are the line's folder and its directory, the operator's name for the directory, and the service's login.
 state=(--state "$dir/factory") line=("${state[@]}" --directory "file:$dir/directory") where=file:$dir/directory login=
 if [ "$directory" = vault ]; then
 	step "1b. A Vault on Raft storage, with a mount, policies and AppRoles"
@@ -61,7 +61,7 @@ if [ "$directory" = vault ]; then
 	as_admin() { curl -sSf -H "X-Vault-Token: $VAULT_TOKEN" "$@"; }
 	run factory vault setup --directory vault:kme
 	as_admin -X POST "$VAULT_ADDR/v1/sys/auth/approle" -d '{"type": "approle"}'
-	# approle POLICY: makes a role, and leaves its secret id in a file.
+	# approle POLICY: makes a role, and writes its secret id to a file
 	approle() {
 		as_admin -X POST "$VAULT_ADDR/v1/auth/approle/role/$1" -d "{\"token_policies\": \"$1\", \"token_ttl\": \"1h\"}"
 		as_admin -X POST "$VAULT_ADDR/v1/auth/approle/role/$1/secret-id" | jq -r .data.secret_id >"$dir/$1.secret-id"
@@ -112,7 +112,7 @@ if [ "$directory" = vault ]; then
 	credentials=$(jq -n --arg r "$role" --rawfile s "$dir/kme-operator-acme.secret-id" \
 		'{role_id: $r, secret_id: ($s | rtrimstr("\n"))}')
 	token=$(curl -sSf -X POST "$VAULT_ADDR/v1/auth/approle/login" -d "$credentials" | jq -r .auth.client_token)
-	# may LOT: the status of reading its manifest as the operator
+	# may LOT: prints the HTTP status that the operator gets for the lot's manifest
 	may() {
 		curl -s -o /dev/null -w '%{http_code}' -H "X-Vault-Token: $token" "$VAULT_ADDR/v1/kme/data/lots/$1/manifest"
 	}
@@ -169,7 +169,7 @@ echo "$attached"
 
 step "7. Refusals: what is tampered with gets one answer, whatever was"
 refusals='{}'
-# adds what a run of mesim printed to what was refused
+# It adds the refusals that a run of mesim has printed.
 add() {
 	refusals=$(jq -c --argjson r "$(jq -c .rejected <<<"$1")" \
 		'reduce ($r | to_entries[]) as $e (.; .[$e.key] += $e.value)' <<<"$refusals")

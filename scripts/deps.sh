@@ -29,8 +29,8 @@ die() {
 
 missing=()
 
-# need PACKAGE TEST...: a package is missing if the test for what it brings fails. A thing that came some other way
-# than as a package is as good.
+# need PACKAGE TEST...: notes that a package is missing if the test for its content fails. The content may also come
+# from elsewhere.
 need() {
 	local package=$1
 	shift
@@ -43,7 +43,7 @@ has_header() {
 	printf '#include <%s>\n' "$1" | $cc -E -
 }
 
-# Without the authorities' certificates go fetches no modules.
+# Without these certificates, go fetches no modules.
 has_certificates() {
 	compgen -G '/etc/ssl/certs/*' || [ -e /etc/ssl/cert.pem ]
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Devices a second that a line provisions into a folder of files and into a Vault on Raft storage, side by side on one
-# token; and into a Vault with a record for each device. Prints medians of PAIRS runs of DEVICES devices.
+# Measures how many devices a second a line provisions into a folder, into a Vault on Raft storage, and into a Vault
+# with a record for each device, with one token. It prints the medians of PAIRS runs of DEVICES devices.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=${DEVICES:-10000} pairs=${PAIRS:-5}

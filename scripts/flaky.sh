@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What make test tests, N times with every core kept busy by something else, and once with GOMAXPROCS=1. make flaky
-# runs it. PACKAGES and ARGS are for go test. var/flaky/results has a line a run, and var/flaky the logs of those that
-# failed. Called again for the same code, it goes on with the runs that are not there.
+# Runs the tests of make test N times while other work keeps every core busy, and once with GOMAXPROCS=1. make flaky
+# runs it. PACKAGES and ARGS are for go test. var/flaky/results has a line for each run, and var/flaky has the logs of
+# runs that failed. If it is called again for the same code, it continues.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 n=${N:-20} results=var/flaky/results
@@ -22,7 +22,7 @@ for _ in $(seq "$(nproc)"); do
 	busy+=($!)
 done
 
-# left: how long what is not there yet will take, after what is
+# left: prints how long the other runs will take, judged by those that have ended
 left() {
 	awk -v n=$((n + 1)) 'NR > 1 { runs++; s += $3 }
 		END { if (runs) printf ", some %d min left", (n - runs) * s / runs / 60 + 1 }' $results

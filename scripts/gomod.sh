@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # usage: scripts/gomod.sh DIR COMMAND...
-# Runs go get or go mod tidy in the folder of a module. These commands do not heed go.work, and look for the other
-# modules of this repository where they are published: in go.mod they are replaced meanwhile.
+# Runs go get or go mod tidy in the folder of a module. These commands ignore go.work, and would download the other
+# modules of this repository. So go.mod replaces them while the command runs.
 set -euo pipefail
 tree=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$1"

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# usage: scripts/image.sh  Builds the image of deploy/Containerfile of what is in bin/packages, by buildah and without a
-# daemon; runs its command, and waits until the health check of deploy/compose.yaml passes. Its base is not the one that
-# the Containerfile names, but Debian as debootstrap makes it; var/image/base.tar keeps that. The image stays nowhere.
-# It needs root, buildah, debootstrap, and Debian's packages by the network (MIRROR, http_proxy).
+# usage: scripts/image.sh
+# Builds the image of deploy/Containerfile from bin/packages, with buildah. Then it runs the image's command, and waits
+# until the health check of deploy/compose.yaml passes. As the base it uses Debian, made by debootstrap and kept in
+# var/image/base.tar, and not the base that the Containerfile names. It removes the image at the end.
+# It needs root, buildah, debootstrap, and a mirror of Debian's packages (MIRROR, http_proxy).
 set -euo pipefail
 shopt -s inherit_errexit
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

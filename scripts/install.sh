@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # usage: [PREFIX=/usr/local] [DESTDIR=] scripts/install.sh BIN [PART...]
-# Installs the parts keysvc, factory, mesim and kme.fdx of what is built in the folder BIN; without PART, those that are
-# there: programs, man pages, completion, units, users, sample configurations. A configuration that is there stays.
+# Installs parts from the folder BIN: keysvc, factory, mesim, kme.fdx; without PART, all that it finds there. It
+# installs programs, man pages, completion, units, users and sample configurations. It keeps a configuration that
+# exists.
 set -euo pipefail
 bin=$(realpath "$1")
 shift
@@ -11,13 +12,13 @@ prefix=${PREFIX:-/usr/local} to=${DESTDIR:-}${PREFIX:-/usr/local} etc=${DESTDIR:
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-# put MODE FILE TO
+# put MODE FILE TO: installs a file
 put() { install -D -m "$1" "$2" "$3"; }
 
-# config MODE FILE TO: a sample, where nothing is yet
+# config MODE FILE TO: installs a sample, if there is no such file yet
 config() { [ -e "$3" ] || put "$@"; }
 
-# program NAME: it makes its own man page and completion
+# program NAME: installs a program, and the man page and completion that it prints
 program() {
 	local shell
 	put 0755 "$bin/$1" "$to/bin/$1"
@@ -32,7 +33,7 @@ program() {
 	put 0644 "$work/$1.fish" "$to/share/fish/vendor_completions.d/$1.fish"
 }
 
-# service PACKAGE UNIT
+# service PACKAGE UNIT: installs a unit and its users
 service() {
 	sed "s,=/usr/bin/,=$prefix/bin/," "$2" >"$work/$2"
 	put 0644 "$work/$2" "$to/lib/systemd/system/$2"

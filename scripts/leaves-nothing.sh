@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# scripts/leaves-nothing.sh COMMAND...: runs it, and fails if it leaves a process, or a file in TMPDIR. What it leaves
-# is named, ended and removed. The TMPDIR is its own, and always the same for this tree: every process of the run
-# inherits it, which tells that the process is of this run, and go test keeps the results of tests that read it.
+# usage: scripts/leaves-nothing.sh COMMAND...
+# Runs a command, and fails if it leaves a process, or a file in TMPDIR. It names what is left, and ends or removes it.
+# TMPDIR is a folder for this tree alone, always the same. All processes of the run inherit it: this shows which
+# processes belong to the run. Since it is always the same, go test can cache results of tests that read TMPDIR.
 set -uo pipefail
 dir=/tmp/kmehsm-$(printf %s "$PWD" | cksum | cut -d ' ' -f 1)
 
-# running: the processes of this run, and what they are
+# running: lists the processes of this run
 running() {
 	local file line
 	grep -lsF "TMPDIR=$dir" /proc/[0-9]*/environ | while read -r file; do

@@ -1,5 +1,5 @@
-# To be sourced, with dir set: a new folder dir, tokens "factory" and "operator" and a Vault on Raft storage in it, the
-# line's keys and the mount kme. Vault ends with the script.
+# To be sourced, with dir set: makes the folder dir anew, with the tokens "factory" and "operator", a Vault on Raft
+# storage with the mount kme, and the line's keys. Vault ends with the script.
 # shellcheck shell=bash
 export PATH="$PWD/bin:$PATH"
 rm -rf "${dir:?}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One lot of DEVICES devices (a million) in one command, published to a Vault on Raft storage: its progress, its rate,
-# and the memory that it took at most.
+# Provisions one lot of DEVICES devices (a million) with one command, and publishes it to a Vault on Raft storage. It
+# shows progress and rate, and prints the most memory that the command has used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 devices=${DEVICES:-1000000}

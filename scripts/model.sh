@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks docs/model/binding.pml with spin: the rules as they are, and that a trail is found to what each rule prevents.
+# Checks docs/model/binding.pml with spin: the rules hold, and without each rule spin finds what that rule prevents.
 set -euo pipefail
 
 model=$PWD/docs/model/binding.pml

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# usage: scripts/once.sh NAME INPUTS COMMAND... Runs a command, unless it has passed in this tree with the same
-# INPUTS: a text that has all that its result depends on. var/test/NAME.passed has its digest.
+# usage: scripts/once.sh NAME INPUTS COMMAND...
+# Runs a command, unless it has passed in this tree with the same INPUTS: a text with everything that the result depends
+# on. var/test/NAME.passed has the digest of INPUTS.
 set -euo pipefail
 name=$1 passed=var/test/$1.passed inputs=$(sha256sum <<<"$2")
 shift 2

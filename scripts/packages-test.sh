@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # usage: scripts/packages-test.sh [DIR]
-# Takes the packages of the last commit from bin/packages, or builds them. Makes later ones with another schema, unit
-# and sample configuration. Or takes both from DIR/1 and DIR/2. Has lintian look at them. Then, in a copy of this
-# machine's files that is thrown away: does what "In five minutes" of docs/install.md says, upgrades, serves stations,
-# removes, installs again and purges; .deb by dpkg, .rpm by rpm. It needs root and the right to mount.
+# Tests the packages. It takes those of the last commit from bin/packages, or builds them, and makes later ones, with
+# another schema, unit and sample configuration; or it takes both from DIR/1 and DIR/2. lintian checks them. The rest
+# happens in a copy of this machine's files, which is thrown away: the script does what "In five minutes" of
+# docs/install.md says, upgrades, serves stations, removes, installs again and purges, with dpkg and with rpm. It needs
+# root and the right to mount.
 # shellcheck disable=SC1090,SC1091,SC2013,SC2016,SC2046,SC2317
 set -euo pipefail
 shopt -s inherit_errexit
@@ -26,12 +27,12 @@ ready() {
 		http://keysvc/readyz
 }
 
-# files: all names where packages put files; not the state of ours, nor dpkg's own
+# files: lists all files where packages put some, without our services' state and dpkg's own files
 files() {
 	find /etc /usr /var/lib -xdev \( -path /var/lib/dpkg -o -path '/var/lib/kmehsm*' \) -prune -o -print | LC_ALL=C sort
 }
 
-# upgrade PACKAGE...: as an administrator who keeps what is in /etc
+# upgrade PACKAGE...: upgrades, as an administrator who keeps the files in /etc
 upgrade() { dpkg --force-confold -i "$@"; }
 
 schema() { sqlite3 /var/lib/kmehsm/keysvc.db 'PRAGMA user_version'; }
@@ -174,7 +175,7 @@ inside() {
 	! grep -i 'permission denied' /tmp/keysvc.log /tmp/factory-station.log || die 'a service lacks a permission'
 }
 
-# state: all that is in the folders of both
+# state: lists all files in the folders of both services
 state() {
 	find /var/lib/kmehsm /var/lib/kmehsm-factory /var/lib/kmehsm-directory -printf '%p %m %u %g\n' | sort | sha256sum
 	find /var/lib/kmehsm /var/lib/kmehsm-factory /var/lib/kmehsm-directory -type f ! -name '*-shm' ! -name '*-wal' \

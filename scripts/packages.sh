@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# usage: scripts/packages.sh BIN OUT VERSION  Makes a .deb and a .rpm of each program that is in the folder BIN, and of
-# kme.fdx if it is there, in the folder OUT. With SOURCE_DATE_EPOCH, the same bytes from the same BIN.
+# usage: scripts/packages.sh BIN OUT VERSION
+# Makes a .deb and a .rpm of each program in the folder BIN, and of kme.fdx if it is there, in the folder OUT. With
+# SOURCE_DATE_EPOCH, the same BIN gives the same bytes.
 set -euo pipefail
 shopt -s inherit_errexit
 MAINTAINER='kmehsm <kmehsm@users.noreply.github.com>'
@@ -22,7 +23,7 @@ cat >"$work/changelog.yaml" <<EOF
 EOF
 gzip -n9 <CHANGELOG.md >"$work/changelog.gz"
 
-# licences PROGRAM: the texts of all that is compiled into it, which they want to be passed on
+# licences PROGRAM: prints the licences of all code that is compiled into it: they must be passed on
 licences() {
 	local name dir
 	{
@@ -35,7 +36,7 @@ licences() {
 	done
 }
 
-# libraries FILE deb|rpm: those that it is linked with, as a package names them: a YAML list
+# libraries FILE deb|rpm: prints the packages of the libraries that it is linked with, as a YAML list
 libraries() {
 	if [ "$2" = rpm ]; then
 		readelf -d "$1" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/"\1()(64bit)"/p'

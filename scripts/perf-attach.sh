@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Where keysvc's CPU goes during whole attaches, by perf: SECONDS_EACH=10 of them over mutual TLS, with the lot of
-# BITS=2048. It needs what make bench has left in var/bench, and perf as root. It prints a table in Markdown; shares of
-# keysvc's CPU hold on a busy machine too.
+# Shows by perf how keysvc spends its CPU time during whole attaches, over mutual TLS, for SECONDS_EACH=10, with the lot
+# of BITS=2048. It uses what make bench has made in var/bench, and needs root for perf. It prints a table in Markdown.
+# The shares of keysvc's CPU time are right also on a busy machine.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bits=${BITS:-2048} seconds=${SECONDS_EACH:-10} dir=$PWD/var/bench

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# usage: scripts/release.sh DIR [--programs] Builds what is released of the last commit, from a clone of it, into the
-# new folder DIR: factory, keysvc and mesim; kme.fdx, if what it is built with is here; a .deb and a .rpm of each; an
-# archive with all of them, the pages and deploy/; CHANGELOG.md; kmehsm.cdx.json, the SBOM of all (CycloneDX), but with
-# --programs; and SHA256SUMS. Whoever has the same commit, Go, C compiler and headers gets the same bytes, wherever they
-# build: scripts/reproducible.sh shows it.
+# usage: scripts/release.sh DIR [--programs]
+# Builds the release of the last commit, from a clone, into the new folder DIR: factory, keysvc and mesim; kme.fdx, if
+# its headers are installed; a .deb and a .rpm of each; an archive with all of them, the pages and deploy/;
+# CHANGELOG.md; the SBOM kmehsm.cdx.json (CycloneDX), except with --programs; and SHA256SUMS. The same commit, Go, C
+# compiler and headers give the same bytes on every machine: scripts/reproducible.sh shows it.
 set -euo pipefail
 shopt -s inherit_errexit
 out=$(realpath -m "$1") sbom_too=true
@@ -23,7 +23,7 @@ source=$(mktemp -d)
 trap 'rm -rf "$source"' EXIT
 git clone -q . "$source"
 cd "$source"
-# Nothing of this shell's goes into the programs.
+# Nothing of this shell's environment goes into the programs.
 unset GOFLAGS GOWORK GOAMD64 GOARM64 GOEXPERIMENT GODEBUG
 unset CGO_CFLAGS CGO_CPPFLAGS CGO_CXXFLAGS CGO_LDFLAGS CFLAGS LDFLAGS CPATH
 for name in GOPROXY GOSUMDB GONOSUMDB GOPRIVATE GOCACHE GOMODCACHE; do # where modules come from, and are kept
@@ -52,10 +52,10 @@ cd "$out"
 programs=(*)
 sha256sum -- "${programs[@]}" >SHA256SUMS
 
-# finish: what is made of the programs, and the sums of all
+# finish: makes packages and the archive of the programs, and the sums of all files
 finish() {
 	local version name
-	# A tag names a release; what has none comes after what was before it.
+	# A tag names a release. A commit without a tag comes after the last tag.
 	if version=$(git -C "$source" describe --tags --match 'v[0-9]*' 2>/dev/null); then
 		version=$(sed -E 's/^v//; s/-([0-9]+)-g/+\1.g/; s/-/~/g' <<<"$version")
 	else

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# usage: scripts/reproducible.sh [--warm] Builds the release twice at the same time, from two folders and with an empty
-# cache each, and compares the SHA-256 of all files. With --warm the Go code is compiled once, in this machine's cache;
-# it is linked, and kme.fdx is made, twice, without SBOM, and what was built is left in bin/packages.
+# usage: scripts/reproducible.sh [--warm]
+# Builds the release twice at the same time, in two folders, each with an empty cache, and compares the SHA-256 of all
+# files. With --warm, it compiles the Go code once, with this machine's cache, and only links the programs and makes
+# kme.fdx twice; it makes no SBOM, and leaves the result in bin/packages.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 dir=$(mktemp -d) warm=${1:-}
 trap 'chmod -R u+w "$dir" && rm -rf "$dir"' EXIT
 
-# build NAME UMASK COMMAND...: in the folder NAME, with this umask, by way of a command
+# build NAME UMASK COMMAND...: builds in the folder NAME, with this umask, through a command
 build() {
 	local from=$dir/$1 programs=--programs
 	mkdir -p "$from/tmp"
@@ -21,7 +22,7 @@ build() {
 	"${@:3}" "$from/from/scripts/release.sh" "$from/out" $programs >/dev/null
 }
 
-# Another machine has another name; only root can have one for a moment.
+# Another machine has another name. Only root can change the name for a moment.
 elsewhere=(env)
 if unshare --uts true 2>/dev/null; then
 	# shellcheck disable=SC2016 # the other shell's

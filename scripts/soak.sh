@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A year in an hour, on each store: make soak runs it. STORE=sqlite or postgres, BINDINGS=10000000, DURATION=1h and
-# SEED=n are its settings. What it has found is in var/soak/STORE.json, and as a table in STORE.md. The database stays,
-# and another run goes on with it: var/soak, and for PostgreSQL /var/tmp/kmehsm-soak-postgres, or KMEHSM_SOAK_POSTGRES,
-# which its user may enter.
+# Simulates a year in an hour on a store. make soak runs it. Its settings are STORE=sqlite or postgres,
+# BINDINGS=10000000, DURATION=1h and SEED=n. It writes its results to var/soak/STORE.json, and as a table to STORE.md.
+# It keeps the database, and the next run continues with it: in var/soak, and for PostgreSQL in
+# /var/tmp/kmehsm-soak-postgres or KMEHSM_SOAK_POSTGRES, a folder that PostgreSQL's user may enter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export KMEHSM_SOAK_BINDINGS=${BINDINGS:-10000000} KMEHSM_SOAK_DURATION=${DURATION:-1h} KMEHSM_SOAK_KEEP=$PWD/var/soak

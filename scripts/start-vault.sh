@@ -1,5 +1,5 @@
 # To be sourced, with dir set: starts a Vault on Raft storage in dir, process $vault, and sets VAULT_ADDR and
-# VAULT_TOKEN. Whoever sources it ends the process.
+# VAULT_TOKEN. The caller ends the process.
 # shellcheck shell=bash
 : "${dir:?}"
 bin/vaultrun -listen 127.0.0.1:0 -dir "$dir/vault" -log-level error >"$dir/vault.out" 2>"$dir/vault.log" &

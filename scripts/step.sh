@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/step.sh [-q | -l LOG] [-n TOTAL] WHAT COMMAND...
-# Runs a command, and says on standard error what it is for, and every ten seconds for how long it has run and which
-# programs it runs now. With -q the command's own output is shown only if it fails; until then its last line tells how
-# far it is, and with -n which line of how many that is. With -l its output goes to a file, and is not shown.
+# Runs a command. It says on standard error what the command is for, and every ten seconds how long it has run and which
+# programs run now. With -q it shows the command's output only if the command fails. Until then it shows the last line
+# of the output, and with -n which of TOTAL lines that is. With -l it writes the output to a file, and does not show it.
 set -euo pipefail
 log='' total='' show=true
 while getopts ql:n: option; do
@@ -26,7 +26,7 @@ programs() {
 		sort -u | paste -sd ' ' || true
 }
 
-# tick speaks until its standard input ends: nobody writes to it, and only this script holds its other end.
+# tick reports until its standard input ends. Nobody writes to that; only this script has its other end open.
 tick() {
 	local status progress self=$BASHPID
 	while read -r -t 10; status=$?; [ $status -gt 128 ]; do

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/systemctl.sh daemon-reload | enable|disable [--now] UNIT | start|stop|try-restart|is-active UNIT
-# What packages-test.sh has in place of systemd, which does not run there. A service runs with the user, the variables,
-# the umask and the folders of its unit. As with systemd, a unit is read once, and again only after daemon-reload; and
-# stopping waits for the service's end. Logs are /tmp/NAME.log.
+# Replaces systemd in packages-test.sh, where systemd does not run. A service runs with the user, the variables, the
+# umask and the folders of its unit. As with systemd, a unit is read once, and again only after daemon-reload, and stop
+# waits until the service has ended. Logs are in /tmp/NAME.log.
 # shellcheck disable=SC1090,SC2046
 set -euo pipefail
 run=/run/systemctl now=false arguments=()
@@ -18,7 +18,7 @@ name=${name%.service}
 unit=$run/$name.service process=$run/$name.pid log=/tmp/$name.log
 wanted=/etc/systemd/system/multi-user.target.wants/$name.service
 
-# of SETTING: its value in the unit as it was read
+# of SETTING: prints its value in the unit as it was read
 of() { sed -n "s/^$1=//p" "$unit"; }
 
 active() { [ -e "$process" ] && ! [ -e "$process.end" ]; }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# usage: scripts/together.sh COMMAND... Runs shell commands at the same time, and fails if one of them does. What they
-# print comes one after the other.
+# usage: scripts/together.sh COMMAND...
+# Runs shell commands at the same time, and fails if one of them fails. It prints their outputs one after the other.
 set -uo pipefail
 logs=$(mktemp -d) running=()
 trap 'rm -rf "$logs"' EXIT

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # usage: scripts/widths.sh
 # Prints FILE:LINE for each line that has more than 120 characters, and fails if there is one.
-# A tab counts 4. Left out are lines that are one word, as a link is; rows of tables in Markdown; the commands of
-# testscripts; JSON, the licence, what is generated, and the data of others.
+# A tab counts 4. It ignores lines of one word, such as links; rows of tables in Markdown; the commands of testscripts;
+# JSON, the licence, generated files, and data of others.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export LC_ALL=C.UTF-8

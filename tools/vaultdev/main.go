@@ -1,6 +1,5 @@
-// Command vaultdev is Vault's server, built from its source, with what tests and local work need: vaultdev server
-// -config=FILE, as of Vault's own command, for a file in JSON with Raft storage and one TCP listener. It is for nothing
-// that anything of worth depends on.
+// Command vaultdev is Vault's server, built from its source, for tests and local work only. It is called as Vault's own
+// command: vaultdev server -config=FILE. The file is JSON, with Raft storage and one TCP listener.
 package main
 
 import (
@@ -153,7 +152,7 @@ func withTLS(ln net.Listener, certFile, keyFile, clientCA string) (net.Listener,
 	return tls.NewListener(ln, config), nil
 }
 
-// registry says which plug-ins are built in: those that run gives the core.
+// registry says which plug-ins are built in. They are those that run gives to the core.
 type registry struct{}
 
 var builtin = map[string]consts.PluginType{"kv": consts.PluginTypeSecrets, "approle": consts.PluginTypeCredential,

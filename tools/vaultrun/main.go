@@ -1,9 +1,9 @@
-// Command vaultrun starts a Vault server for tests and local work, initialises it once, and unseals it with a key that
-// it keeps beside the data: nothing of worth may depend on such a server.
+// Command vaultrun starts a Vault server for tests and local work, initialises it once, and unseals it. It keeps the
+// unseal key beside the data, so such a server must hold nothing of value.
 //
-// The server is the vault or bao on PATH, else bin/vaultdev, Vault built from its source. It ends with this
-// process, also when that is killed; and this process ends with it. The first line on standard output, once the
-// server takes requests, is its address and process id as JSON.
+// The server is the vault or bao on PATH, or else bin/vaultdev, which is Vault built from its source. It ends with this
+// process, also if this process is killed; and this process ends with the server. When the server takes requests,
+// vaultrun prints a line of JSON with its address and process id.
 package main
 
 import (
@@ -58,7 +58,7 @@ func main() {
 	}
 }
 
-// find is the server's program.
+// find gives the path of the server's program.
 func find() (string, error) {
 	for _, name := range []string{"vault", "bao"} {
 		if path, err := exec.LookPath(name); err == nil {
@@ -127,7 +127,8 @@ func run(o options) error {
 	}
 	server := exec.Command(program, "server", "-config="+path)
 	server.Stdout, server.Stderr = os.Stderr, os.Stderr
-	// Linux sends it when the thread ends that started the child: this one stays for as long as the process.
+	// Linux sends Pdeathsig when the thread ends that has started the child. So this thread must last as long as the
+	// process.
 	runtime.LockOSThread()
 	server.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	signals := make(chan os.Signal, 1)
@@ -162,7 +163,7 @@ func run(o options) error {
 	}
 }
 
-// freePort settles the port of an address.
+// freePort replaces the port 0 of an address by a free port.
 func freePort(listen string) (string, error) {
 	l, err := net.Listen("tcp", listen)
 	if err != nil {
