@@ -180,7 +180,7 @@ func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate 
 	call func(*loadCall) error) (made []*loadCall, err error) {
 	times := make([]time.Duration, len(calls))
 	reasons := make([]string, len(calls))
-	start, cpu := time.Now(), cpuTime()
+	start, cpu := time.Now(), CPUTime()
 	err = each(ctx, l.Concurrency, len(calls), func(i int) error {
 		began := time.Now()
 		if began.Sub(start) >= limit {
@@ -198,7 +198,7 @@ func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate 
 		return err
 	})
 	m.Seconds += time.Since(start).Seconds()
-	m.cpu += cpuTime() - cpu
+	m.cpu += CPUTime() - cpu
 	for i, took := range times {
 		if took == 0 {
 			continue
@@ -213,8 +213,8 @@ func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate 
 	return made, err
 }
 
-// cpuTime is that of this process.
-func cpuTime() time.Duration {
+// CPUTime is what this process has spent.
+func CPUTime() time.Duration {
 	var u syscall.Rusage
 	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
 		return 0

@@ -25,14 +25,15 @@ import (
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/scheduling"
 	"github.com/kmehsm/kmehsm/kme"
 	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
-// What needs a process of its own, for its memory or for the module that it loads, is done in a child, which prints
-// JSON.
+// child measures one thing in this process, and prints it as JSON. It is for what needs a process of its own, because
+// of its memory or of the module that it loads.
 func (b *bench) child(name string) error {
 	f := map[string]func() (any, error){"lookup": b.measureLookup, "calls": b.countCalls,
 		"network": b.measureNetworkHSM, "rpc": b.measureRPC}[name]
@@ -71,9 +72,9 @@ type lookup struct {
 
 func (b *bench) lookup(r *report) error { return b.inChild(&r.Lookup, []string{"lookup"}) }
 
-// generated is a directory that makes its shards when they are read, and counts that: each of the same 256 keys.
+// generated is a directory that makes each shard when it is read, of the same 256 keys, and counts the reads.
 type generated struct {
-	directory.Store // not there: nothing else is called
+	directory.Store // nil: only Read is called
 	signer          *directory.Signer
 	manifests       map[string]*directory.Manifest
 	keys            []directory.DeviceKey
@@ -153,7 +154,7 @@ func (b *bench) measureLookup() (any, error) {
 		_, _, err := index.Device(b.ctx, served[i/devicesALot].Manifest.IMEI(i%devicesALot))
 		return err
 	}
-	// More shards than the cache holds, one device of each.
+	// The cache cannot hold so many shards. One device of each is looked up.
 	const cold = 5000
 	if err := measure.Parallel(func(i int) (bool, error) {
 		return i < cold, look(i * 1999 % (lots * devicesALot))
@@ -161,7 +162,7 @@ func (b *bench) measureLookup() (any, error) {
 		return nil, err
 	}
 	result := lookup{Lots: lots, Devices: lots * devicesALot, ReadsACold: float64(g.shards.Load()) / cold}
-	// Devices whose shards are cached, since they are asked for again and again.
+	// The shards of these devices are cached, since they are looked up again and again.
 	const hot = 1000
 	cached := func() error { return look((cold - 1 - mathrand.IntN(hot)) * 1999 % (lots * devicesALot)) }
 	if err := measure.Parallel(func(i int) (bool, error) { return i < 20*hot, cached() }); err != nil {
@@ -193,8 +194,9 @@ func (b *bench) measureLookup() (any, error) {
 	return result, nil
 }
 
-// A networkHSM is what hsmkeys does with a simulated one: each call takes 1 ms, and it takes 5,000 calls and 1,000 RSA
-// operations a second. What was decrypted before is not computed again, so that these cores are not the limit.
+// A networkHSM has the figures of hsmkeys with a simulated HSM in a network: each call takes 1 ms, and the HSM takes
+// 5,000 calls and 1,000 RSA operations a second. It does not compute a decryption a second time, so that the cores of
+// this machine are not the limit.
 type networkHSM struct {
 	Sessions  int     `json:"sessions"`
 	PerSecond float64 `json:"establish_per_second"`
@@ -209,13 +211,18 @@ const networkCalls, networkLine = 5000, "network 1000 5000 1000"
 // roundTrips are the calls of the module that an operation makes, and how many of them come one after the other.
 type roundTrips struct{ Calls, Depth map[string]int }
 
-// hsmCalls counts calls by way of the module that injects faults, to a token that is as far away as one in a network.
+// hsmCalls counts the calls of operations. The module that injects faults passes them on, and makes the token as far
+// away as one in a network.
 func (b *bench) hsmCalls(r *report) error {
-	module, err := faultmodule.Build(b.dir, modulePath(os.Getenv("OPERATOR_TOKEN")))
+	path, _, err := p11.ModuleOf(os.Getenv("OPERATOR_TOKEN"))
 	if err != nil {
 		return err
 	}
-	// The token is to be far away already when it is opened: then calls are made beside one another.
+	module, err := faultmodule.Build(b.dir, path)
+	if err != nil {
+		return err
+	}
+	// hsmkeys makes calls at the same time only if the token is far away when it is opened.
 	if err := module.Set(farAway); err != nil {
 		return err
 	}
@@ -229,36 +236,21 @@ func (b *bench) hsmCalls(r *report) error {
 
 const farAway = "* delay 1000"
 
-// modulePath is the module-path of a token's URI.
-func modulePath(uri string) string {
-	_, query, _ := strings.Cut(uri, "?")
-	for part := range strings.SplitSeq(query, "&") {
-		if path, ok := strings.CutPrefix(part, "module-path="); ok {
-			return path
-		}
-	}
-	return ""
-}
-
-// through is a token of the environment, and the fault module of this process by way of which it is opened.
+// through gives the URI of a token of the environment through the fault module of this process, and that module.
 func (b *bench) through(variable string) (uri string, module *faultmodule.Module, err error) {
-	module, err = faultmodule.Built(b.dir, modulePath(os.Getenv(variable)))
+	uri = os.Getenv(variable)
+	path, _, err := p11.ModuleOf(uri)
 	if err != nil {
 		return "", nil, err
 	}
-	return module.URI(os.Getenv(variable)), module, nil
-}
-
-func (b *bench) operatorThrough() (*hsmkeys.OperatorToken, *faultmodule.Module, error) {
-	uri, module, err := b.through("OPERATOR_TOKEN")
+	module, err = faultmodule.Built(b.dir, path)
 	if err != nil {
-		return nil, nil, err
+		return "", nil, err
 	}
-	token, err := hsmkeys.OpenOperator(b.ctx, uri, hsmkeys.Options{})
-	return token, module, err
+	return module.URI(uri), module, nil
 }
 
-// aPayload is one that goes all the way through the token, and is rejected: what it decrypts to was never signed.
+// aPayload makes a payload that the token processes in full and rejects: nobody has signed what it decrypts to.
 func (b *bench) aPayload() (p hsmkeys.Payload, err error) {
 	all, err := b.lots()
 	if err != nil || all["L2048"] == nil {
@@ -280,7 +272,11 @@ func (b *bench) countCalls() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	operator, module, err := b.operatorThrough()
+	uri, module, err := b.through("OPERATOR_TOKEN")
+	if err != nil {
+		return nil, err
+	}
+	operator, err := hsmkeys.OpenOperator(b.ctx, uri, hsmkeys.Options{})
 	if err != nil {
 		return nil, err
 	}
@@ -289,8 +285,7 @@ func (b *bench) countCalls() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	uri, _, err := b.through("FACTORY_TOKEN")
-	if err != nil {
+	if uri, _, err = b.through("FACTORY_TOKEN"); err != nil {
 		return nil, err
 	}
 	factory, err := hsmkeys.OpenFactory(b.ctx, uri, hsmkeys.Options{})
@@ -312,7 +307,7 @@ func (b *bench) countCalls() (any, error) {
 			return err
 		},
 	} {
-		const times = 64 // as often as all sessions come round, which have to be opened
+		const times = 64 // so often, all sessions are used, and were opened before
 		for range times {
 			if err := do(); err != nil {
 				return nil, fmt.Errorf("%s: %w", name, err)
@@ -332,8 +327,8 @@ func (b *bench) countCalls() (any, error) {
 	return trips, nil
 }
 
-// depth is how many calls of an operation come one after the other, at the least: a machine that is busy may begin late
-// what could be beside another. They take long enough to meet.
+// depth is how many calls of an operation come one after the other. It is the least of several runs: a busy machine may
+// begin a call late that could run beside another one. The calls take long enough to overlap.
 func depth(module *faultmodule.Module, do func() error) (int, error) {
 	if err := module.Set("* delay 10000"); err != nil {
 		return 0, err

@@ -25,7 +25,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/version"
 )
 
-// A report is bench.json. What was not measured is not in it. Shares are medians of the pairs' shares.
+// A report is bench.json. It has only what was measured. Each share is the median of the pairs' shares.
 type report struct {
 	Establish  map[string]*establishment `json:"establish,omitempty"` // by the bits of the lot
 	Attach     map[string]*attachment    `json:"attach,omitempty"`
@@ -34,7 +34,7 @@ type report struct {
 	S6a        *overS6a                  `json:"s6a,omitempty"`
 	Provision  *provisioning             `json:"provision,omitempty"`
 	Lookup     *lookup                   `json:"lookup,omitempty"`
-	HSMCalls   map[string]int            `json:"hsm_calls,omitempty"` // C_* calls an operation
+	HSMCalls   map[string]int            `json:"hsm_calls,omitempty"` // C_* calls of each operation
 	HSMDepth   map[string]int            `json:"hsm_depth,omitempty"` // those that come one after the other
 	NetworkHSM []networkHSM              `json:"network_hsm,omitempty"`
 	Machine    string                    `json:"machine"`
@@ -55,18 +55,18 @@ type bench struct {
 	pid    int
 }
 
-// fewer is how many pairs there are of a figure that only explains another one.
+// fewer is the number of pairs for a figure that only explains another one.
 func (b *bench) fewer() int { return (b.pairs + 1) / 2 }
 
 // progress tells on stderr what has been measured.
 func (b *bench) progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
 
-// leftOut is why a part is not measured, with what this machine has.
+// leftOut says why a part is not measured: this machine lacks something.
 type leftOut string
 
 func (l leftOut) Error() string { return string(l) }
 
-// A part of the report takes about so many seconds on 2 idle cores, and so many times what a measurement takes.
+// A part of the report takes seconds on 2 idle cores, and in addition the time of so many runs.
 type part struct {
 	name    string
 	do      func(*report) error
@@ -150,7 +150,8 @@ func (b *bench) identify() error {
 	return nil
 }
 
-// run measures the parts that only names, or all. The error of one leaves those of the others as they are.
+// run measures the parts that only names; all of them if it is empty. If one fails, it measures the others all the
+// same.
 func (b *bench) run(parts []part, only string) error {
 	path := filepath.Join(b.dir, "bench.json")
 	r := new(report)

@@ -14,7 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
-// onPostgres is keysvc with its store on PostgreSQL, which runs on the same cores: EstablishKME, and whole attaches.
+// onPostgres has the figures of EstablishKME and of whole attaches with the store on PostgreSQL, on the same cores.
 type onPostgres struct {
 	measured
 	Attach      measured     `json:"attach"`
@@ -22,7 +22,7 @@ type onPostgres struct {
 	Two         twoInstances `json:"two_instances"`
 }
 
-// twoInstances are two keysvcs on one database and one token, each with a client of its own, beside one of them.
+// twoInstances compares two instances on one database and one token, each with its own client, with one of them.
 type twoInstances struct {
 	One         float64 `json:"one_per_second"`
 	PerSecond   float64 `json:"two_per_second"`
@@ -128,7 +128,7 @@ func (b *bench) two(result *twoInstances, bits string, servers ...*server) error
 	return nil
 }
 
-// databaseCPU is what the processes of PostgreSQL have spent, also those that have ended.
+// databaseCPU is the CPU time of all processes of PostgreSQL, also of those that have ended.
 func (b *bench) databaseCPU() (sum time.Duration, err error) {
 	data, err := os.ReadFile(filepath.Join(b.dir, "postgres.pid"))
 	if err != nil {

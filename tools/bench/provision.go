@@ -17,10 +17,10 @@ type provisioning struct {
 	PeakRSS float64 `json:"peak_rss_mb"` // of factory
 }
 
-// provisioned is how many devices a lot has that is provisioned to be measured: some ten seconds' worth.
+// provisioned is the number of devices in a measured lot: they take some ten seconds.
 const provisioned = 20_000
 
-// provision measures factory lot provision to Vault, which runs on the same cores too.
+// provision measures factory lot provision with Vault as the directory, on the same cores.
 func (b *bench) provision(r *report) error {
 	token, err := hsmkeys.OpenFactory(b.ctx, os.Getenv("FACTORY_TOKEN"), hsmkeys.Options{})
 	if err != nil {

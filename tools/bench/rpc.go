@@ -21,14 +21,13 @@ import (
 	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
-// rpc has, of each call, NAME_per_second over mutual TLS, 64 at once, and what one takes of keysvc's CPU and of the
-// client's: NAME_cpu_us and NAME_client_cpu_us.
+// rpc has three figures of each call: NAME_per_second, over mutual TLS, with 64 calls at once; and the CPU time of one
+// call, in keysvc and in the client: NAME_cpu_us and NAME_client_cpu_us.
 //
-// "empty" is Check of gRPC's health service: it has the server, the TLS, the HTTP/2 and the library of the unary calls,
-// and nothing is done for it but that once a second the token is asked whether it works. The others are as package
-// client makes them: "refused" is PrepareVector without a RAND, for which nothing is done either; "prepare",
-// "report" and "check_equipment" are for subscriptions whose bindings are ACTIVE, as in each later authentication of a
-// device, and its attach.
+// "empty" is Check of gRPC's health service. It uses the same server, TLS, HTTP/2 and library as unary calls, and does
+// no work, except that it asks the token once a second whether it works. Package client makes the other calls.
+// "refused" is PrepareVector without a RAND, which does no work either. "prepare", "report" and "check_equipment" are
+// for subscriptions whose bindings are ACTIVE, as in later attaches and authentications of a device.
 type rpc map[string]float64
 
 func (b *bench) rpc(r *report) error {
@@ -44,12 +43,12 @@ func (b *bench) rpc(r *report) error {
 	return errors.Join(err, s.stop())
 }
 
-// active is how many subscriptions the calls are for.
+// active is the number of subscriptions that the calls are for.
 const active = 1000
 
 var rpcCalls = []string{"empty", "refused", "prepare", "report", "check_equipment"}
 
-// atOnce is how many calls are under way, as in mesim load.
+// atOnce is the number of calls at the same time, as in mesim load.
 const atOnce = 64
 
 func (b *bench) measureRPC() (any, error) {
@@ -70,7 +69,8 @@ func (b *bench) measureRPC() (any, error) {
 	protocols.SetHTTP2(true)
 	transport := &http.Transport{Protocols: protocols, TLSClientConfig: tls}
 	defer transport.CloseIdleConnections()
-	// Its messages are HealthCheckRequest and HealthCheckResponse, of which nothing is read.
+	// The messages are HealthCheckRequest and HealthCheckResponse. Their fields are not read, so Empty can stand for
+	// them.
 	check := connect.NewClient[emptypb.Empty, emptypb.Empty](&http.Client{Transport: transport},
 		b.server+"/grpc.health.v1.Health/Check")
 
@@ -130,7 +130,7 @@ func (b *bench) measureRPC() (any, error) {
 	return result, nil
 }
 
-// attached are subscriptions whose bindings are ACTIVE, each of another device, and these.
+// attached attaches devices, and gives their subscriptions, whose bindings are ACTIVE, and the device of each.
 func (b *bench) attached(hss *client.Client) (all []kme.IMSI, of map[kme.IMSI]kme.IMEI, err error) {
 	fleet, err := mesim.OpenFleet(filepath.Join(b.dir, "injection-2048"), filepath.Join(b.dir, "fixture.key"),
 		[]string{filepath.Join(b.dir, "fixture-enrolment.json")})
@@ -161,7 +161,7 @@ func (b *bench) call(subscriptions []kme.IMSI, call func(kme.IMSI) error) (s sam
 	if err != nil {
 		return s, err
 	}
-	own, start := measure.OwnCPU(), time.Now()
+	own, start := mesim.CPUTime(), time.Now()
 	var n atomic.Int64
 	if err := measure.ParallelOn(atOnce, func(i int) (bool, error) {
 		n.Add(1)
@@ -170,7 +170,7 @@ func (b *bench) call(subscriptions []kme.IMSI, call func(kme.IMSI) error) (s sam
 		return s, err
 	}
 	seconds, calls := time.Since(start).Seconds(), float64(n.Load())
-	spent := measure.OwnCPU() - own
+	spent := mesim.CPUTime() - own
 	after, err := measure.ProcessCPU(b.pid)
 	return sample{PerSecond: calls / seconds, ClientCPU: float64(spent.Microseconds()) / calls,
 		cpu: float64((after - before).Microseconds()) / calls}, err

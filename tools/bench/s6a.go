@@ -19,8 +19,8 @@ import (
 	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
-// overS6a is an HSS with kme.fdx beside the same HSS without it: the same requests, by way of the same MME. HSS and MME
-// are freeDiameter's.
+// overS6a compares an HSS with kme.fdx with the same HSS without it. Both get the same requests from the same MME. HSS
+// and MME are those of freeDiameter.
 type overS6a struct {
 	PlainAIR    float64 `json:"plain_air_per_second"` // one vector each
 	AIR         float64 `json:"air_per_second"`       // of bound subscriptions: each RAND goes through the token
@@ -37,7 +37,7 @@ type overS6a struct {
 	AttachCPU   s6aCPU  `json:"attach_cpu_us"`
 }
 
-// s6aCPU is what each process has spent, an AIR or an attach: in microseconds.
+// s6aCPU is the CPU time of each process for an AIR or an attach, in microseconds.
 type s6aCPU struct {
 	HSS    float64 `json:"hss"`
 	Keysvc float64 `json:"keysvc"`
@@ -53,14 +53,14 @@ const (
 	mmeID          = "mme.epc.mnc001.mcc001.3gppnetwork.org" // of the subscriptions' home network
 )
 
-// A hssRun is HSS and MME, with kme.fdx or plain.
+// A hssRun is an HSS, with kme.fdx or without it (plain), and its MME.
 type hssRun struct {
 	plain    bool
 	hss, mme *exec.Cmd
 	lines    *mesim.MME
 }
 
-// An s6aAttach is a payload and whose it is.
+// An s6aAttach is a payload, with its subscription and device.
 type s6aAttach struct {
 	number int // of the subscription
 	imsi   kme.IMSI
@@ -72,7 +72,7 @@ type s6aBench struct {
 	*bench
 	dir     string
 	first   int64 // the first subscription's IMSI
-	used    int   // so many of them are bound
+	used    int   // the number of those that are bound
 	devices []*mesim.Device
 	server  *server
 }
@@ -105,7 +105,7 @@ func (b *bench) s6a(r *report) (err error) {
 	return s.measure(r.S6a, plain, ours)
 }
 
-// prepare builds the extensions, and makes what all daemons need.
+// prepare builds the extensions, and makes the files that all daemons need.
 func (s *s6aBench) prepare() error {
 	if err := os.MkdirAll(s.dir, 0o700); err != nil {
 		return err
@@ -139,10 +139,10 @@ func (s *s6aBench) prepare() error {
 
 func (s *s6aBench) imsi(i int) string { return fmt.Sprintf("%015d", s.first+int64(i)) }
 
-// start starts an HSS and its MME, and waits until the one asks the other.
+// start starts an HSS and its MME, and waits until the HSS answers the MME.
 func (s *s6aBench) start(h *hssRun) error {
 	var ports [2]int
-	var listeners [2]net.Listener // both at once, so that the ports are two
+	var listeners [2]net.Listener // both are open at once, so that the ports differ
 	for i := range ports {
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
@@ -286,7 +286,7 @@ func (s *s6aBench) measure(o *overS6a, plain, ours *hssRun) error {
 	return nil
 }
 
-// payloads prepares so many, each for a subscription that has had none.
+// payloads prepares n payloads, each for a subscription that has had none.
 func (s *s6aBench) payloads(n int) ([]*s6aAttach, error) {
 	all, first := make([]*s6aAttach, n), s.used
 	if s.used += n; s.used > s6aSubscribers-s6aUnbound {
@@ -306,7 +306,7 @@ func (s *s6aBench) payloads(n int) ([]*s6aAttach, error) {
 	})
 }
 
-// load calls f with 0, 1, 2 and so on, many at once, until it says that there is no more, or the time is over.
+// load calls f with 0, 1, 2 and so on, many calls at once, until f says that there is no more, or the time is over.
 func (s *s6aBench) load(h *hssRun, f func(i int) (more bool, err error)) (rate float64, n int, cpu s6aCPU, err error) {
 	before, err := s.cpu(h)
 	if err != nil {
@@ -337,7 +337,7 @@ func (s *s6aBench) cpu(h *hssRun) (s6aCPU, error) {
 	mme, merr := measure.ProcessCPU(h.mme.Process.Pid)
 	keysvc, kerr := measure.ProcessCPU(s.server.cmd.Process.Pid)
 	us := func(d time.Duration) float64 { return float64(d.Microseconds()) }
-	return s6aCPU{HSS: us(hss), Keysvc: us(keysvc), MME: us(mme), Load: us(measure.OwnCPU())},
+	return s6aCPU{HSS: us(hss), Keysvc: us(keysvc), MME: us(mme), Load: us(mesim.CPUTime())},
 		errors.Join(err, merr, kerr)
 }
 
@@ -354,7 +354,7 @@ func medianCPU(all []s6aCPU) s6aCPU {
 		MME:    of(func(c s6aCPU) float64 { return c.MME }), Load: of(func(c s6aCPU) float64 { return c.Load })}
 }
 
-// ask sends a request, whose answer's fields must begin with these.
+// ask sends a request, and fails unless the fields of the answer begin with want.
 func (s *s6aBench) ask(h *hssRun, want []string, command string, args ...string) ([]string, error) {
 	f, err := h.lines.Ask(s.ctx, command, args...)
 	if err == nil && (len(f) < 1+len(want) || strings.Join(f[1:1+len(want)], " ") != strings.Join(want, " ")) {
@@ -364,7 +364,7 @@ func (s *s6aBench) ask(h *hssRun, want []string, command string, args ...string)
 	return f, err
 }
 
-// air asks for a vector, and gives the attempt. Of the plain HSS nobody's is bound.
+// air asks for a vector, and gives the attempt. For a plain HSS, no subscription is bound.
 func (s *s6aBench) air(h *hssRun, i int, bound bool) (attempt string, err error) {
 	control := "1"
 	if bound {
@@ -383,7 +383,7 @@ func (s *s6aBench) air(h *hssRun, i int, bound bool) (attempt string, err error)
 	return f[3], nil
 }
 
-// attach is the whole way of a device. The plain HSS is asked the same, and makes nothing of the payload.
+// attach makes all requests of an attach. A plain HSS gets the same requests, and ignores the payload.
 func (s *s6aBench) attach(h *hssRun, a *s6aAttach) error {
 	imsi, imei, nwSig := a.imsi.String(), a.device.IMEI.String(), a.NWSig()
 	attempt, err := s.air(h, a.number, false)

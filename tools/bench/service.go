@@ -14,40 +14,41 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/tools/bench/measure"
 )
 
-// A sample is what one run of a load has found.
+// A sample is the result of one run of a load.
 type sample struct {
 	PerSecond float64 `json:"per_second"`
 	P50       float64 `json:"p50_ms"`
 	P99       float64 `json:"p99_ms"`
 	ClientCPU float64 `json:"client_cpu_us"`
 	Calls     int     `json:"calls"`
-	cpu       float64 // us of keysvc, each
+	cpu       float64 // of keysvc for each call, in us
 }
 
-// measured is a service beside the bare token, at full load and at half of it.
+// measured compares a service with the bare token, at full load and at half load.
 type measured struct {
 	measure.Ratio
 	TokenCPU  float64 `json:"token_cpu_us"`     // of a bare private-key operation
-	CPU       float64 `json:"cpu_us,omitempty"` // of keysvc, each; not of EstablishKME, beside which it has other calls
+	CPU       float64 `json:"cpu_us,omitempty"` // of keysvc, each; not for EstablishKME: keysvc has other calls, too
 	ClientCPU float64 `json:"client_cpu_us"`
 	P50       float64 `json:"p50_ms"` // at full load
 	P99       float64 `json:"p99_ms"`
-	HalfRate  float64 `json:"half_rate"` // a second
+	HalfRate  float64 `json:"half_rate"` // calls a second
 	HalfP50   float64 `json:"half_p50_ms"`
 	HalfP99   float64 `json:"half_p99_ms"`
 }
 
-// bare counts the lot's private-key operations a second in this process: on so many sessions; with 0 on as many as the
-// token is the fastest with.
+// bare measures how many private-key operations with the lot's key this process makes in a second. It uses so many
+// sessions; with 0, as many as make the token fastest.
 type bare func(sessions int, d time.Duration) (float64, error)
 
-// A run makes a load for so long: rate calls a second, with 0 as many as there can be.
+// A run makes a load for the time d: rate calls a second, or, with 0, as many as possible.
 type run func(d time.Duration, rate float64) (sample, error)
 
-// besideToken measures in alternation. Each share is of the token's rate that was measured right before.
+// besideToken measures the token and ours in turn. Each share is relative to the token's rate just before.
 func (b *bench) besideToken(name string, m *measured, pairs int, token bare, ours run) error {
 	if _, err := ours(time.Second, 0); err != nil { // to warm up
 		return err
@@ -55,12 +56,12 @@ func (b *bench) besideToken(name string, m *measured, pairs int, token bare, our
 	var all []sample
 	var tokenCPU []float64
 	for i := range pairs {
-		before := measure.OwnCPU()
+		before := mesim.CPUTime()
 		t, err := token(0, b.each)
 		if err != nil {
 			return err
 		}
-		tokenCPU = append(tokenCPU, float64((measure.OwnCPU()-before).Microseconds())/(t*b.each.Seconds()))
+		tokenCPU = append(tokenCPU, float64((mesim.CPUTime()-before).Microseconds())/(t*b.each.Seconds()))
 		s, err := ours(b.each, 0)
 		if err != nil {
 			return err
@@ -79,7 +80,7 @@ func (b *bench) besideToken(name string, m *measured, pairs int, token bare, our
 	return nil
 }
 
-// half measures times at half of the rate that besideToken has found.
+// half measures response times at half of the rate that besideToken has found.
 func (b *bench) half(name string, m *measured, ours run) error {
 	m.HalfRate = measure.Round(m.Service/2, 0)
 	var all []sample
@@ -104,8 +105,8 @@ func medianOf(all []sample, f func(sample) float64) float64 {
 	return measure.Median(v)
 }
 
-// eachLot has keysvc, as a configuration has it, measured with the lots of some bits, beside its token, which this
-// process opens too: its URI is in a variable of the environment.
+// eachLot calls measure for the lots of some bits, with a keysvc that runs with a configuration, and with its bare
+// token. This process opens the token, too: its URI is in a variable of the environment.
 func (b *bench) eachLot(
 	config, variable string, bits []string, measure func(bits string, s *server, token bare) error,
 ) error {
@@ -205,7 +206,7 @@ func (b *bench) attach(r *report) error {
 	})
 }
 
-// attaches is a load of whole attaches at an address, and what the servers spend on it.
+// attaches is a load of whole attaches at an address. Its samples have the CPU time of the servers.
 func (b *bench) attaches(address, bits string, servers ...*server) run {
 	return func(d time.Duration, rate float64) (sample, error) {
 		before, err := cpuOf(servers)
@@ -222,13 +223,12 @@ func (b *bench) attaches(address, bits string, servers ...*server) run {
 	}
 }
 
-// alone is one device at a time: what an attach takes beside its private-key operation and a sync of the disk, each
-// also one at a time.
+// alone has the times of an attach, of a private-key operation and of a sync of the disk, each measured one at a time.
 type alone struct {
 	Attach     float64 `json:"attach_ms"`
 	PrivateKey float64 `json:"private_key_ms"`
 	Sync       float64 `json:"sync_ms"`
-	// how many private-key operations an attach takes besides three syncs, the median of the pairs
+	// the rest of an attach without three syncs, in private-key operations; the median of the pairs
 	Operations float64 `json:"private_keys_besides_3_syncs"`
 }
 
@@ -257,7 +257,7 @@ func (b *bench) alone(a *alone, s *server, bits string, token bare) error {
 	return nil
 }
 
-// syncTime is the median of what it takes, in ms, to have a page that is added to a file of a folder on the disk.
+// syncTime is the median time, in ms, to append a page to a file in a folder and to sync it to the disk.
 func syncTime(folder string, d time.Duration) (float64, error) {
 	f, err := os.CreateTemp(folder, "sync-")
 	if err != nil {
@@ -296,7 +296,7 @@ func (b *bench) serve(config string) (*server, error) {
 	defer log.Close()
 	s := &server{cmd: exec.Command("bin/keysvc", "serve", "--config", path+".yaml"), socket: "unix:" + path + ".sock",
 		ended: make(chan error, 1)}
-	s.cmd.Stderr, s.cmd.Env = log, append(os.Environ(), "KMEHSM_TOKEN=") // it would go before the configuration's
+	s.cmd.Stderr, s.cmd.Env = log, append(os.Environ(), "KMEHSM_TOKEN=") // it would override the configuration
 	if err := s.cmd.Start(); err != nil {
 		return nil, err
 	}
@@ -341,13 +341,13 @@ func cpuOf(servers []*server) (sum time.Duration, err error) {
 	return sum, nil
 }
 
-// clientFiles are the certificate and the key of the HSS that is simulated, and the CA of keysvc.
+// clientFiles are the certificate and the key of the simulated HSS, and the CA of keysvc.
 func (b *bench) clientFiles() (certificate, key, ca string) {
 	tls := filepath.Join(b.dir, "tls")
 	return filepath.Join(tls, "hss.pem"), filepath.Join(tls, "hss.key"), filepath.Join(tls, "ca.pem")
 }
 
-// load reads what mesim load prints of devices of the lot of some bits.
+// load runs mesim load with devices of the lot of some bits, and parses its output.
 func (b *bench) load(result any, address, bits string, d time.Duration, rate float64, more ...string) error {
 	certificate, key, ca := b.clientFiles()
 	out, err := output(b.ctx, "bin/mesim", append([]string{"load", "--server", address, "--ca", ca, "--cert",
@@ -361,7 +361,7 @@ func (b *bench) load(result any, address, bits string, d time.Duration, rate flo
 	return json.Unmarshal(out, result)
 }
 
-// output runs a program of ours.
+// output runs a program, and gives its standard output.
 func output(ctx context.Context, name string, args ...string) ([]byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
 	var errs strings.Builder

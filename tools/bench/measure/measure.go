@@ -1,5 +1,5 @@
-// Package measure has what each part of the benchmark measures with: medians and the shares of pairs, the CPU time of
-// processes, and calls from many goroutines. It knows nothing of what is measured.
+// Package measure has the tools of all parts of the benchmark: medians, shares of pairs, the CPU time of processes, and
+// calls from many goroutines. It does not know what is measured.
 package measure
 
 import (
@@ -12,11 +12,10 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
-// A Ratio is ours beside the bare token: its figures are those of the pairs once Finish is called.
+// A Ratio compares our rate with that of the bare token, in pairs. Its fields are set by Finish.
 type Ratio struct {
 	Token   float64 `json:"token_per_second"`
 	Service float64 `json:"service_per_second"`
@@ -32,7 +31,7 @@ func (r *Ratio) Add(token, service float64) {
 	r.tokens, r.services = append(r.tokens, token), append(r.services, service)
 }
 
-// Finish needs a pair at least.
+// Finish computes the fields. It needs at least one pair.
 func (r *Ratio) Finish() {
 	shares := make([]float64, len(r.tokens))
 	for i := range shares {
@@ -46,7 +45,7 @@ func (r *Ratio) String() string {
 	return fmt.Sprintf("**%.3f** (%.3f to %.3f): %.0f of %.0f", r.Share, r.Low, r.High, r.Service, r.Token)
 }
 
-// Median is that of no value 0.
+// Median of no values is 0.
 func Median(v []float64) float64 {
 	if len(v) == 0 {
 		return 0
@@ -55,13 +54,13 @@ func Median(v []float64) float64 {
 	return (v[(len(v)-1)/2] + v[len(v)/2]) / 2
 }
 
-// Round leaves so many digits behind the point.
+// Round rounds to a number of digits after the point.
 func Round(v float64, digits int) float64 {
 	p := math.Pow10(digits)
 	return math.Round(v*p) / p
 }
 
-// ProcessCPU is what a process has spent, and those of its children that have ended (proc_pid_stat(5)).
+// ProcessCPU is the CPU time of a process and of its children that have ended (proc_pid_stat(5)).
 func ProcessCPU(pid int) (time.Duration, error) {
 	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -80,19 +79,10 @@ func ProcessCPU(pid int) (time.Duration, error) {
 	return (ticks[0] + ticks[1] + ticks[2] + ticks[3]) * tick, nil
 }
 
-// OwnCPU is what this process has spent.
-func OwnCPU() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		return 0
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
-}
-
 // Parallel calls f with 0, 1, 2 and so on from each core, until it says that there is no more.
 func Parallel(f func(int) (more bool, err error)) error { return ParallelOn(runtime.NumCPU(), f) }
 
-// ParallelOn does so from so many goroutines.
+// ParallelOn is Parallel with a given number of goroutines.
 func ParallelOn(workers int, f func(int) (more bool, err error)) error {
 	var next atomic.Int64
 	var all sync.WaitGroup
