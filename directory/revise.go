@@ -51,7 +51,7 @@ func Revoke(ctx context.Context, store Store, s *Signer, m *Manifest, imeis []km
 }
 
 // Reissue revokes the key that a device has, and issues it another one, in the injection package whose SHA-256 is pkg.
-// A device that has this key stays as it is.
+// A device that has, or had, this key stays as it is, so an interrupted run can be repeated.
 func Reissue(ctx context.Context, store Store, s *Signer, m *Manifest, key DeviceKey, pkg []byte, reason string,
 	now time.Time) error {
 	entry := Revocation{IMEI: key.IMEI, Reason: reason, Time: now, Key: &key, Package: pkg}

@@ -218,13 +218,12 @@ func (p *RevocationPart) bitmap(m *Manifest) strict.Base64 {
 	return bits
 }
 
-// add inserts an entry in order, unless the device's last one says the same.
+// add inserts an entry in order, unless the device has had its key, or is revoked already.
 func (p *RevocationPart) add(entry Revocation) (added bool) {
-	if had := p.Of(entry.IMEI); len(had) > 0 {
-		last := had[len(had)-1].Key
-		if entry.Key == nil && last == nil || entry.Key != nil && last != nil && entry.Key.equal(*last) {
-			return false
-		}
+	had := p.Of(entry.IMEI)
+	if entry.Key == nil && len(had) > 0 && had[len(had)-1].Key == nil || entry.Key != nil &&
+		slices.ContainsFunc(had, func(e Revocation) bool { return e.Key != nil && entry.Key.equal(*e.Key) }) {
+		return false
 	}
 	name := entry.IMEI.String()
 	at := sort.Search(len(p.Revoked), func(i int) bool { return p.Revoked[i].IMEI.String() > name })

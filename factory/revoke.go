@@ -170,8 +170,8 @@ func ReadIMEIs(path string) (imeis []kme.IMEI, err error) {
 }
 
 // Reissue gives a returned device a new key, and revokes the one that it had. The injection package is below out, for a
-// fixture as in ProvisionOptions. The reason identifies the return: the same reason again changes nothing, so an
-// interrupted run can be repeated.
+// fixture as in ProvisionOptions. The reason identifies the return: the same reason again only finishes what was
+// interrupted.
 func (l *Line) Reissue(
 	ctx context.Context, lot string, imei kme.IMEI, reason, fixture, out string,
 ) (path string, err error) {
@@ -215,7 +215,8 @@ func (l *Line) Reissue(
 				}
 				return "", fmt.Errorf("%w: %s", err, handover.BringBack(e.Package))
 			}
-			return path, nil
+			// The run that wrote the entry may have been killed before the list that names it.
+			return path, directory.Reissue(ctx, l.store, l.signer, m, *e.Key, e.Package, reason, time.Now())
 		}
 		had = append(had, e.Key.Fingerprint())
 		n++

@@ -123,6 +123,40 @@ func (k killing) Update(ctx context.Context, path string, data []byte, version s
 	return k.Store.Update(ctx, path, data, version)
 }
 
+// A run of lot reissue that was killed between a part and the list is finished by the next one with its reason, also
+// when the device has got another key since.
+func TestReissueKilled(t *testing.T) {
+	line, _, _ := newLine(t)
+	ctx, out := t.Context(), t.TempDir()
+	must(line.CreateLot(ctx, spec(t, "L1", 0, 8)))
+	provision(t, line, out)
+	m := must(line.Lot(ctx, "L1"))
+	reissue := func(reason string) (string, error) { return line.Reissue(ctx, "L1", m.IMEI(5), reason, "", out) }
+	problems := func() []string {
+		t.Helper()
+		return must(inspect.Lot(ctx, line.store, line.verifier, "L1", out, nil)).Problems
+	}
+	for _, reason := range []string{"return 1", "return 2"} {
+		whole := line.store
+		line.store = killing{Store: whole, path: directory.RevocationsPath("L1")}
+		if _, err := reissue(reason); err == nil {
+			t.Fatal("it was not killed")
+		}
+		line.store = whole
+		if len(problems()) == 0 {
+			t.Fatal("nothing was left to be done")
+		}
+		for _, again := range []string{"return 1", reason} { // the first one of the part finishes the other's, too
+			if _, err := reissue(again); err != nil || len(problems()) > 0 {
+				t.Errorf("%s, killed; %s: %v, %q", reason, again, err, problems())
+			}
+		}
+	}
+	if h := must(line.reader.History(ctx, m, m.IMEI(5))); len(h) != 2 {
+		t.Errorf("%d keys, want one for each return: %+v", len(h), h)
+	}
+}
+
 // A run of lot revoke that was killed between a part and the list is found by verify and reconcile, and finished by
 // repair. So are parts that the store has put back, or made up.
 func TestRevocationsReconciled(t *testing.T) {
