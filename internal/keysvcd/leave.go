@@ -12,8 +12,8 @@ import (
 // leaving ends a service so that no call fails. First /readyz says that it is not ready. It serves on until its clients
 // can have seen that, then ends its streams, and only then closes its ports.
 type leaving struct {
-	told  context.Context // ends when the service is told to end
-	asked atomic.Int64    // when somebody has last asked whether the service is ready, in Unix nanoseconds
+	told  context.Context           // ends when the service is told to end
+	asked atomic.Pointer[time.Time] // when somebody has last asked whether the service is ready; nil: nobody has
 }
 
 // stay gives the context of the service: it ends when told has ended and the delay is over. There is no delay if nobody
@@ -22,7 +22,7 @@ func (l *leaving) stay(delay time.Duration, log *slog.Logger) (context.Context, 
 	serving, stop := context.WithCancel(context.WithoutCancel(l.told))
 	context.AfterFunc(l.told, func() {
 		defer stop()
-		if time.Since(time.Unix(0, l.asked.Load())) >= delay {
+		if last := l.asked.Load(); last == nil || time.Since(*last) >= delay {
 			return
 		}
 		log.Info("not ready any more; calls are served for the drain delay", "delay", delay.String())
@@ -36,7 +36,8 @@ func (l *leaving) stay(delay time.Duration, log *slog.Logger) (context.Context, 
 
 // begun notes that somebody asks whether the service is ready, and says whether it is about to end.
 func (l *leaving) begun() bool {
-	l.asked.Store(time.Now().UnixNano())
+	now := time.Now() // with its monotonic clock: whoever sets the machine's clock does not change the delay
+	l.asked.Store(&now)
 	return l.told.Err() != nil
 }
 

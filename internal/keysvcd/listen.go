@@ -100,6 +100,20 @@ func listenUnix(path string, others bool) (net.Listener, error) {
 	return l, nil
 }
 
+// An accepting listener logs why it does not accept a connection, such as too many open files. Its server tries again.
+type accepting struct {
+	net.Listener
+	log *slog.Logger
+}
+
+func (a accepting) Accept() (net.Conn, error) {
+	c, err := a.Listener.Accept()
+	if err != nil && !errors.Is(err, net.ErrClosed) {
+		a.log.Warn("no connection is accepted; it is tried again", "cause", err.Error())
+	}
+	return c, err
+}
+
 // run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
 // rolled back is accepted.
 func (d *daemon) run(ctx context.Context, listeners []served) error {
@@ -110,7 +124,7 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 	g, gctx := errgroup.WithContext(ctx)
 	serve := func(server *http.Server, l net.Listener) {
 		g.Go(func() error {
-			if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			if err := server.Serve(accepting{Listener: l, log: d.log}); !errors.Is(err, http.ErrServerClosed) {
 				return err
 			}
 			return nil

@@ -2,10 +2,17 @@ package keysvcd
 
 import (
 	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
+
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // The socket is for its own user alone, or for all, whatever the umask; and what others make in the same process at
@@ -55,4 +62,42 @@ func TestListenUnix(t *testing.T) {
 	}
 	close(listened)
 	making.Wait()
+}
+
+// A service that has no file for one more connection says so, and serves again when it has.
+func TestAcceptFails(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := new(testproc.Log)
+	failing := &failingListener{Listener: l, fails: 2}
+	server := &http.Server{Handler: http.NotFoundHandler(), ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
+	ended := make(chan error, 1)
+	go func() {
+		ended <- server.Serve(accepting{Listener: failing, log: slog.New(slog.NewTextHandler(log, nil))})
+	}()
+	r, err := http.Get("http://" + l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Body.Close()
+	server.Close()
+	<-ended
+	if n := strings.Count(log.String(), syscall.EMFILE.Error()); n != 2 || strings.Contains(log.String(), "closed") {
+		t.Errorf("two connections were not accepted:\n%s", log)
+	}
+}
+
+// A failingListener accepts nothing a few times, as if there were too many open files.
+type failingListener struct {
+	net.Listener
+	fails int
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	if l.fails--; l.fails >= 0 {
+		return nil, &net.OpError{Op: "accept", Net: "tcp", Err: syscall.EMFILE}
+	}
+	return l.Listener.Accept()
 }
