@@ -101,7 +101,8 @@ type stream struct {
 	answers chan *kmev1.Answer // never full: each has a place
 	work    chan func()        // calls for idle goroutines
 	calls   sync.WaitGroup
-	writing atomic.Int64 // when the write that is under way began, in Unix nanoseconds; 0: none is
+	began   time.Time
+	writing atomic.Int64 // when the write that is under way began, in nanoseconds since began; 0: none is
 }
 
 // serve answers the calls of a stream until it ends, also those that are under way then.
@@ -111,7 +112,7 @@ func (s *Streams) serve(
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	t := &stream{Streams: s, BidiStream: b, places: make(chan struct{}, maxUnderWay),
-		answers: make(chan *kmev1.Answer, maxUnderWay), work: make(chan func())}
+		answers: make(chan *kmev1.Answer, maxUnderWay), work: make(chan func()), began: time.Now()}
 	var helpers sync.WaitGroup // they use the response, which ends with serve
 	defer helpers.Wait()
 	over := make(chan struct{})
@@ -152,8 +153,8 @@ func (t *stream) watch(control *http.ResponseController, over <-chan struct{}) {
 			control.SetReadDeadline(time.Now())
 			drain = nil
 		case <-ticker.C:
-			began := t.writing.Load()
-			if began != 0 && time.Since(time.Unix(0, began)) > t.patience {
+			writing := t.writing.Load()
+			if writing != 0 && time.Since(t.began)-time.Duration(writing) > t.patience {
 				control.SetWriteDeadline(time.Now())
 			}
 		case <-over:
@@ -227,7 +228,7 @@ func (t *stream) write() (err error) {
 			m.Answers = append(m.Answers, <-t.answers)
 		}
 		if err == nil {
-			t.writing.Store(time.Now().UnixNano())
+			t.writing.Store(int64(time.Since(t.began)))
 			err = t.Send(&m)
 			t.writing.Store(0)
 		}
