@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/urfave/cli/v2"
@@ -48,6 +50,8 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 					ends("failed", errors.New("failed")), ends("usage", usage.Errorf("usage")),
 					ends("partial", Partial(errors.New("partial"))),
 					ends("denied", &fs.PathError{Op: "open", Path: "x", Err: fs.ErrPermission}),
+					ends("full", &fs.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}),
+					ends("said", fmt.Errorf("give more room: %w", syscall.ENOSPC)),
 				}},
 				{Name: "list", ArgsUsage: "[ITEM...]", Flags: []cli.Flag{JSON}, Action: func(c *cli.Context) error {
 					return PrintList(c, `"items"`, func(yield func(int, error) bool) {
@@ -87,6 +91,8 @@ func TestExitCodes(t *testing.T) {
 		{"ends usage", 2, "p: usage"},
 		{"ends partial", 3, "p: partial"},
 		{"ends denied", 1, "p: open x: permission denied: this user may not; run it as the one whose file that is"},
+		{"ends full", 1, "p: write x: no space left on device: make room on its disk, and run this again\n"},
+		{"ends said", 1, "p: give more room: no space left on device\n"},
 		{"shwo", 2, `there is no command "shwo" (did you mean show?)`},
 		{"zebra", 2, `there is no command "zebra"; see p --help`},
 		{"ends faild", 2,
