@@ -221,6 +221,7 @@ func TestStreamHangs(t *testing.T) {
 			serve.ServeHTTP(w, r)
 			return
 		}
+		http.NewResponseController(w).SetWriteDeadline(time.Time{}) // as a stream does
 		<-r.Context().Done()
 		close(ended)
 	})

@@ -118,7 +118,8 @@ func (s *Streams) serve(
 	over := make(chan struct{})
 	defer close(over)
 	if control, ok := ctx.Value(controlKey{}).(*http.ResponseController); ok {
-		control.SetReadDeadline(time.Time{}) // the server's is for requests
+		control.SetReadDeadline(time.Time{}) // the server's are for single calls
+		control.SetWriteDeadline(time.Time{})
 		helpers.Go(func() { t.watch(control, over) })
 	}
 	written := make(chan error, 1)

@@ -144,7 +144,9 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 		server := &http.Server{
 			Handler: l.handler, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
 			ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
-			ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+			// Above any call: whoever does not read an answer keeps its goroutine no longer. Streams have their own.
+			WriteTimeout: 2 * time.Minute,
+			ErrorLog:     slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 			// Four streams that are not read leave half of their connection's buffer to its other calls.
 			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10},
 		}
