@@ -112,7 +112,9 @@ func (s *streaming) listen(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.server = &http.Server{
-		Protocols: new(http.Protocols), ReadTimeout: time.Second / 2, WriteTimeout: time.Second / 2, // shorter than a stream
+		Protocols: new(http.Protocols),
+		// A stream is longer.
+		ReadTimeout: time.Second / 2, WriteTimeout: time.Second / 2,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			s.opened.Add(1)
 			s.handler.ServeHTTP(w, r)

@@ -22,8 +22,8 @@ func TestAnotherSubscriptionsRows(t *testing.T) {
 	asked, others := "001010000000001", "001010000000002"
 	views := func(table, column string, columns []string) string {
 		list := strings.Join(append(columns[:len(columns):len(columns)], "mac"), ", ")
-		shown := strings.Replace(list, column, fmt.Sprintf("CASE WHEN %[1]s = '%[2]s' AND random() %% 2 = 0 THEN '%[3]s' "+
-			"ELSE %[1]s END AS %[1]s", column, others, asked), 1)
+		shown := strings.Replace(list, column, fmt.Sprintf("CASE WHEN %[1]s = '%[2]s' AND random() %% 2 = 0 "+
+			"THEN '%[3]s' ELSE %[1]s END AS %[1]s", column, others, asked), 1)
 		return fmt.Sprintf("ALTER TABLE %[1]s RENAME TO own_%[1]s; CREATE VIEW %[1]s AS SELECT %[2]s FROM own_%[1]s "+
 			"WHERE %[3]s <> '%[4]s';", table, shown, column, asked)
 	}

@@ -62,7 +62,8 @@ func (d *daemon) eirServer() *http.Server {
 		Handler:     http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.Load().eir.ServeHTTP(w, r) }),
 		ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
 		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute,
-		IdleTimeout: 5 * time.Minute, MaxHeaderBytes: 32 << 10, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		IdleTimeout:    5 * time.Minute,
+		MaxHeaderBytes: 32 << 10, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 	}
 }
 
