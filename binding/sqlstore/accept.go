@@ -209,7 +209,7 @@ func (s *Store) followVerdict(
 		return nil
 	}, "WHERE "+strings.Join(where, " AND "), key...)
 	switch {
-	case tables.IsDamaged(err): // it is not trusted, so nothing is made of it
+	case tables.IsDamaged(err), own != nil && !slices.Equal([]any(own[:len(key)]), key): // so nothing is made of it
 		change.Now = "DAMAGED"
 		change.ToDo = "its row was changed by somebody else: bring back a backup of the store in which it is whole"
 		return change, nil

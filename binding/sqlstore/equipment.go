@@ -77,9 +77,9 @@ func (s *Store) listing(ctx context.Context, tx *txn, prefix string) (l binding.
 		_, err = tx.One(ctx, []any{&want}, `SELECT COALESCE(MAX(seq), 0) FROM ledger WHERE subject = $1`,
 			binding.ListingSubject(prefix))
 	}
-	if err == nil && have != want {
-		err = tables.Damaged(tables.Equipment, tables.Row{prefix}, "is gone, or an earlier one than the service has "+
-			"written last")
+	if err == nil && (have != want || have > 0 && l.Prefix != prefix) {
+		err = tables.Damaged(tables.Equipment, tables.Row{prefix}, "is gone, another's, or an earlier one than the "+
+			"service has written last")
 	}
 	return l, err
 }

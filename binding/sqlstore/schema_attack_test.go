@@ -40,7 +40,7 @@ func TestPostgresAnotherSubscriptionsRows(t *testing.T) {
 func equal(asked, others string) string {
 	return fmt.Sprintf(`
 		CREATE FUNCTION same(a text, b text) RETURNS boolean IMMUTABLE LANGUAGE sql AS
-			$$SELECT a OPERATOR(pg_catalog.=) CASE WHEN b OPERATOR(pg_catalog.=) '%s' THEN '%s' ELSE b END$$;
+			$$SELECT a OPERATOR(pg_catalog.=) replace(b, '%s', '%s')$$;
 		CREATE OPERATOR public.= (LEFTARG = text, RIGHTARG = text, FUNCTION = same);
 		ALTER ROLE CURRENT_USER SET search_path = public, pg_catalog;`, asked, others)
 }
@@ -72,6 +72,41 @@ func TestPostgresResealAnothersRow(t *testing.T) {
 	again := must(Open(ctx, name, rowKey))
 	defer again.Close()
 	checkBinding(t, again, all[1])
+}
+
+// Nothing is decided about a device or a manufacturer by another one's row.
+func TestPostgresAnothersVerdict(t *testing.T) {
+	ctx, server := t.Context(), pgtest.Start(t)
+	name := server.Named(t, "listed")
+	s := must(Open(ctx, name, rowKey))
+	listed := binding.Listing{Prefix: "35209900000002", Status: binding.Blacklisted, Reason: "stolen", Listed: t0}
+	must(s.List(ctx, []binding.Listing{listed}))
+	done(t, s.Close())
+	must(stranger(t, name).ExecContext(ctx, equal("35209900000001", listed.Prefix)))
+	s = must(Open(ctx, name, rowKey))
+	defer s.Close()
+	listed.Prefix = "35209900000001"
+	if n, err := s.List(ctx, []binding.Listing{listed}); !tables.IsDamaged(err) {
+		t.Errorf("a device that is not listed counts as listed: %d changed, %v", n, err)
+	}
+
+	name = server.Named(t, "enrolled")
+	s = must(Open(ctx, name, rowKey))
+	enter(t, s)
+	known := must(s.Manufacturers(ctx))[0].KeyID
+	done(t, s.Close())
+	must(stranger(t, name).ExecContext(ctx, equal("another", known)))
+	s = must(Open(ctx, name, rowKey))
+	defer s.Close()
+	var change *binding.Change
+	done(t, s.change(ctx, "try", everything, func(ctx context.Context, tx *txn) (err error) {
+		change, err = s.followVerdict(ctx, tx, tables.Manufacturers, 6, "", []binding.Line{{Entry: binding.Entry{
+			Event: binding.EventDistrusted, Subject: binding.ManufacturerSubject("another")}}}, "another")
+		return err
+	}))
+	if change.Now != "DAMAGED" {
+		t.Errorf("another manufacturer is %s", change.Now)
+	}
 }
 
 func answersForOthers(t *testing.T, name, asked, others, do string) {
