@@ -94,6 +94,7 @@ func TestPostgresAnothersVerdict(t *testing.T) {
 	s = must(Open(ctx, name, rowKey))
 	enter(t, s)
 	known := must(s.Manufacturers(ctx))[0].KeyID
+	done(t, s.Note(ctx, "TRIED", known, ""))
 	done(t, s.Close())
 	must(stranger(t, name).ExecContext(ctx, equal("another", known)))
 	s = must(Open(ctx, name, rowKey))
@@ -106,6 +107,12 @@ func TestPostgresAnothersVerdict(t *testing.T) {
 	}))
 	if change.Now != "DAMAGED" {
 		t.Errorf("another manufacturer is %s", change.Now)
+	}
+	if _, found, err := s.LastNote(ctx, "TRIED", "another"); !tables.IsDamaged(err) {
+		t.Errorf("a note about another subject: %v, %v", found, err)
+	}
+	if all, err := s.History(ctx, "another"); !tables.IsDamaged(err) {
+		t.Errorf("the history of another subject: %v, %v", all, err)
 	}
 }
 

@@ -155,7 +155,7 @@ func (l Ledger) LastNote(
 	if err != nil {
 		return "", false, err
 	}
-	err = l.chains.Each(ctx, q, func(e binding.Entry) error { detail, found = e.Detail, true; return nil },
+	err = l.chains.Each(ctx, q, about(subject, func(e binding.Entry) { detail, found = e.Detail, true }),
 		`WHERE e.subject = $1 AND e.event = $2 AND e.seq = (SELECT MAX(seq) FROM ledger WHERE subject = $1 AND event =
 			$2)`, subject, string(event))
 	return detail, found, err
@@ -166,11 +166,20 @@ func (l Ledger) History(ctx context.Context, subject string) (all []binding.Entr
 	if err != nil {
 		return nil, err
 	}
-	err = l.chains.Each(ctx, q, func(e binding.Entry) error {
-		all = append(all, e)
-		return nil
-	}, `WHERE e.subject = $1 ORDER BY e.seq`, subject)
+	err = l.chains.Each(ctx, q, about(subject, func(e binding.Entry) { all = append(all, e) }),
+		`WHERE e.subject = $1 ORDER BY e.seq`, subject)
 	return all, err
+}
+
+// about takes entries about one subject: the database says what equal means.
+func about(subject string, take func(binding.Entry)) func(binding.Entry) error {
+	return func(e binding.Entry) error {
+		if e.Subject != subject {
+			return tables.Damaged(tables.Ledger, tables.Row{int64(e.Chain), e.Seq}, "is about another subject")
+		}
+		take(e)
+		return nil
+	}
 }
 
 // Each gives entries whose MACs, over the MAC of the one before too, are good; and, as they are, those that were
