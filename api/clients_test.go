@@ -27,7 +27,6 @@ import (
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
-	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -482,30 +481,6 @@ func TestPLMNs(t *testing.T) {
 		o, err := clients.byUID[-1].origin(c.origin, c.imsi, false)
 		if err != nil || (o.Provisioning == binding.Allowed) != c.want {
 			t.Errorf("%s, with %q named, for %s from %s: %+v, %v", c.from, c.named, c.imsi, c.origin, o, err)
-		}
-	}
-}
-
-// A name of one kind in a certificate is not taken for the same text of another kind.
-func TestKindsOfNames(t *testing.T) {
-	clients := must.Get[*Clients](t)(NewClients([]Client{
-		{Name: "host", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-		{Name: "uri", SAN: "spiffe://op.example/hss", Roles: []Role{RoleHSS}, PLMNs: []string{all}},
-	}))
-	for _, c := range []struct{ dns, uri, want string }{
-		{dns: "hss.example", want: "host"}, {uri: "spiffe://op.example/hss", want: "uri"},
-		{uri: "hss.example"}, {dns: "spiffe://op.example/hss"},
-	} {
-		shown := new(x509.Certificate)
-		if shown.DNSNames = []string{c.dns}; c.uri != "" {
-			shown.URIs = []*url.URL{must.Get[*url.URL](t)(url.Parse(c.uri))}
-		}
-		got := ""
-		if client := clients.of(shown, -1); client != nil {
-			got = client.Name
-		}
-		if got != c.want {
-			t.Errorf("DNS name %q, URI %q: client %q, want %q", c.dns, c.uri, got, c.want)
 		}
 	}
 }
