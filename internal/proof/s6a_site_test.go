@@ -43,7 +43,8 @@ type site struct {
 	hss       *node
 	mme       peerEdge
 	imsis     atomic.Int64
-	unread    chan device // of shards that no instance has read
+	quiet     time.Duration // p99 of attaches while there is no fault; 0 before they were measured
+	unread    chan device   // of shards that no instance has read
 
 	mu       sync.Mutex
 	attached []attached             // guarded by mu

@@ -119,6 +119,31 @@ const (
 	serves = "a newer release has upgraded the store to schema version 2, and this one knows 1"
 )
 
+// attach is a first attach, from the first vector on.
+func (w *world) attach(c *client.Client, d device, imsi kme.IMSI) error {
+	ctx, plain := w.t.Context(), w.plaintext(d)
+	v, err := c.PrepareVector(ctx, imsi, client.Origin{}, client.RAND{1})
+	if err != nil {
+		return err
+	}
+	imei, err := kme.ParseIMEI(d.imei)
+	if err != nil {
+		return err
+	}
+	e, err := c.EstablishKME(ctx, imsi, client.Origin{}, imei, v.AttemptID, w.encrypt(d, plain))
+	if err != nil || e.NWSig != plain.NWSig() {
+		return fmt.Errorf("%+v, %w", e, err)
+	}
+	if v, err = c.PrepareVector(ctx, imsi, client.Origin{}, client.RAND{2}); err != nil || v.AttemptID != "" {
+		return fmt.Errorf("%+v, %w", v, err)
+	}
+	r, err := c.ReportAuthentication(ctx, imsi, client.Origin{}, true)
+	if err != nil || r.State != kmev1.State_ACTIVE {
+		return fmt.Errorf("%+v, %w", r, err)
+	}
+	return nil
+}
+
 // Two instances of one release on PostgreSQL are replaced by a later one's, one after the other and under load of whole
 // attaches and other calls, while a balancer asks /readyz: no call fails. What the earlier release cannot work with, it
 // refuses.
@@ -157,29 +182,11 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 		return one
 	}
 	attach := func(d device) error {
-		one, plain := imsi(50000+begun.Add(1)), w.plaintext(d)
-		v, err := c.PrepareVector(t.Context(), one, client.Origin{}, client.RAND{1})
-		if err != nil {
-			return err
+		err := w.attach(c, d, imsi(50000+begun.Add(1)))
+		if err == nil {
+			attached.Add(1)
 		}
-		imei, err := kme.ParseIMEI(d.imei)
-		if err != nil {
-			return err
-		}
-		e, err := c.EstablishKME(t.Context(), one, client.Origin{}, imei, v.AttemptID, w.encrypt(d, plain))
-		if err != nil || e.NWSig != plain.NWSig() {
-			return fmt.Errorf("%+v, %w", e, err)
-		}
-		v, err = c.PrepareVector(t.Context(), one, client.Origin{}, client.RAND{2})
-		if err != nil || v.AttemptID != "" {
-			return fmt.Errorf("%+v, %w", v, err)
-		}
-		r, err := c.ReportAuthentication(t.Context(), one, client.Origin{}, true)
-		if err != nil || r.State != kmev1.State_ACTIVE {
-			return fmt.Errorf("%+v, %w", r, err)
-		}
-		attached.Add(1)
-		return nil
+		return err
 	}
 	must.Do(t, attach(devices[0]))
 	bound := imsi(50001)
