@@ -123,7 +123,7 @@ func TestPostgresRegions(t *testing.T) {
 	must.Do(t, w.attach(c, devices[0], bound))
 
 	const far = 100 * time.Millisecond // more than what else a busy machine does in a call
-	median := func(f func() error) time.Duration {
+	fastest := func(f func() error) time.Duration {
 		t.Helper()
 		var took []time.Duration
 		for range 5 {
@@ -131,8 +131,7 @@ func TestPostgresRegions(t *testing.T) {
 			must.Do(t, f())
 			took = append(took, time.Since(began))
 		}
-		slices.Sort(took)
-		return took[len(took)/2]
+		return slices.Min(took)
 	}
 	calls := []struct {
 		what string
@@ -175,26 +174,26 @@ func TestPostgresRegions(t *testing.T) {
 		return each
 	}
 	for i := range calls {
-		calls[i].near = median(calls[i].do)
+		calls[i].near = fastest(calls[i].do)
 	}
 	for _, region := range []struct {
 		what           string
 		service, other time.Duration
 		most           [3]float64 // round trips
 	}{
-		{"the primary is near, and its standby far", 0, far, [3]float64{0.5, 0.5, 9}},
+		{"the primary is near, and its standby far", 0, far, [3]float64{0.5, 0.5, 8}},
 		{"the primary is far, and its standby near", far, 0, [3]float64{1.5, 1.5, 20}},
 		{"both are far", far, far, [3]float64{1.5, 1.5, 27}},
 	} {
 		toPrimary.roundTrip.Store(int64(region.service))
 		toStandby.roundTrip.Store(int64(region.other))
 		for i, call := range calls {
-			took := median(call.do)
+			took := fastest(call.do)
 			trips := float64(took-call.near) / float64(far)
 			t.Logf("%s: %s waits for %.1f round trips (%v, and %v if all is near)", region.what, call.what, trips, took,
 				call.near)
-			if trips > region.most[i] {
-				t.Errorf("%s: %s waits for more than %.1f round trips", region.what, call.what, region.most[i])
+			if most := region.most[i] + 5*float64(call.near)/float64(far); trips > most {
+				t.Errorf("%s: %s waits for more than %.1f round trips", region.what, call.what, most)
 			}
 		}
 		t.Logf("%s: of 24 at once, an attach waits for %.1f round trips", region.what,
