@@ -1,11 +1,13 @@
 package cmd_test
 
 import (
+	"maps"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/programs"
@@ -55,8 +57,14 @@ func completions(t *testing.T, program string, words ...string) (names []string)
 	return names
 }
 
-// leaves are the commands of a program that do something, and the flags of each.
+// leaves are the commands of a program that do something, and the flags of each. They are asked for once.
 func leaves(t *testing.T, program string) map[string][]string {
+	t.Helper()
+	known.Lock()
+	defer known.Unlock()
+	if all := known.of[program]; all != nil {
+		return maps.Clone(all)
+	}
 	all := map[string][]string{}
 	var walk func(command []string)
 	walk = func(command []string) {
@@ -70,8 +78,14 @@ func leaves(t *testing.T, program string) map[string][]string {
 		}
 	}
 	walk(nil)
-	return all
+	known.of[program] = all
+	return maps.Clone(all)
 }
+
+var known = struct {
+	sync.Mutex
+	of map[string]map[string][]string // by program and command
+}{of: map[string]map[string][]string{}}
 
 // Every command that does something has an example, and no example has a command or a flag that there is not.
 func TestExamples(t *testing.T) {

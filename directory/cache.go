@@ -25,9 +25,8 @@ func NewCache(bytes int64, recorder stats.Recorder) *Cache {
 	const overhead = 256 // of an entry, about
 	return &Cache{
 		shards: cache.New(&otter.Options[cacheKey, *packedShard]{
-			StatsRecorder: recorder,
-			MaximumWeight: uint64(bytes - bytes/8),
-			Weigher:       func(_ cacheKey, s *packedShard) uint32 { return uint32(s.keys.Bytes() + overhead) },
+			StatsRecorder: recorder, MaximumWeight: uint64(bytes - bytes/8),
+			Weigher: func(_ cacheKey, s *packedShard) uint32 { return uint32(s.keys.Bytes() + overhead) },
 			ExpiryCalculator: otter.ExpiryWritingFunc(func(e otter.Entry[cacheKey, *packedShard]) time.Duration {
 				if e.Value.keys.Bytes() == 0 {
 					return e.Key.reader.o.NegativeTTL

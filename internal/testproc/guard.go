@@ -36,7 +36,7 @@ func Main(run func() int) {
 		fmt.Fprintln(os.Stderr, "testproc:", err)
 		code = max(code, 1)
 	}
-	os.Exit(code)
+	syscall.Exit(code) // os.Exit has the race detector wait a second for what other goroutines still do
 }
 
 func guard() (code int, err error) {
@@ -130,17 +130,14 @@ func endAll(patience time.Duration) (ended []string) {
 // children are this process's, and their command lines.
 func children() map[int]string {
 	all := map[int]string{}
-	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
-	for _, path := range stats {
-		data, _ := os.ReadFile(path)
-		// proc_pid_stat(5): state, ppid
-		fields := strings.Fields(string(data[strings.LastIndexByte(string(data), ')')+1:]))
-		if len(fields) < 2 || fields[1] != strconv.Itoa(os.Getpid()) {
-			continue
+	lists, _ := filepath.Glob("/proc/self/task/*/children") // a child is its thread's
+	for _, list := range lists {
+		pids, _ := os.ReadFile(list)
+		for field := range strings.FieldsSeq(string(pids)) {
+			line, _ := os.ReadFile(filepath.Join("/proc", field, "cmdline"))
+			pid, _ := strconv.Atoi(field)
+			all[pid] = strings.ReplaceAll(strings.TrimRight(string(line), "\x00"), "\x00", " ")
 		}
-		line, _ := os.ReadFile(filepath.Join(filepath.Dir(path), "cmdline"))
-		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		all[pid] = strings.ReplaceAll(strings.TrimRight(string(line), "\x00"), "\x00", " ")
 	}
 	return all
 }
