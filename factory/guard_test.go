@@ -50,7 +50,7 @@ func TestRevocationsPutBack(t *testing.T) {
 				put(part, filepath.Join(earlier, "revoked", "000000")))
 		},
 		"no list and no part": func() error {
-			return errors.Join(os.Remove(filepath.Join(dir, list)), os.RemoveAll(filepath.Join(dir, filepath.Dir(part))))
+			return errors.Join(os.Remove(filepath.Join(dir, list)), os.Remove(filepath.Join(dir, part)))
 		},
 		"the list of another lot": func() error { return put(list, filepath.Join(dir, "lots", "L2", "revocations")) },
 		"no list at all":          func() error { return os.WriteFile(filepath.Join(dir, list), nil, 0o600) },

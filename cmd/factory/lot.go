@@ -15,6 +15,8 @@ import (
 )
 
 func lotCommand() *cli.Command {
+	all := auditCommand() // scripts call it by this name, too
+	all.Hidden = true
 	return &cli.Command{
 		Name: "lot", Usage: "manufacturing lots",
 		Subcommands: []*cli.Command{
@@ -91,6 +93,7 @@ func lotCommand() *cli.Command {
 							"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
 				Action: lotVerify,
 			},
+			all,
 			{
 				Name: "seal", Usage: "make a lot's key non-extractable for good: it cannot be granted any more",
 				ArgsUsage: "LOT", Description: "It refuses a lot that is not finished, or that nobody was granted.",

@@ -50,7 +50,8 @@ func (g *Guard) Update(ctx context.Context, path string, jws []byte, version str
 	return err
 }
 
-// PutBack publishes the line's copies of a lot's list and its parts again, where Read refuses what is there. The parts come first, as the list names them.
+// PutBack publishes the line's copies of a lot's list and its parts again, where Read refuses what is there. Parts come
+// first: the list names them.
 func (g *Guard) PutBack(ctx context.Context, lot string) error {
 	names, err := os.ReadDir(g.file(directory.RevocationPartsPath(lot)))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
