@@ -86,7 +86,8 @@ LONG := TestPageCommands TestDemo TestOpenSSLAgrees TestOutsideProgram TestSpy T
 	TestRefusalsTakeAsLong TestKnownRefusalsTakeAsLong TestBoundRefusalsTakeAsLong TestMetricsAreNoOracle \
 	TestRotated TestKilled TestNothingIsLeft TestRotation TestWycheproof TestAudit TestStations \
 	TestReaderCacheBound TestRevocationsCacheBound TestRevocationsTooLarge TestRevocationsOfAMillion \
-	TestWeaknesses TestWeakOperator TestWeakFactory TestSetupInterrupted TestNetworkHSM TestNothingIsLeftByAnOutage
+	TestWeaknesses TestWeakOperator TestWeakFactory TestSetupInterrupted TestNetworkHSM TestNothingIsLeftByAnOutage \
+	TestReadingRests TestOverload TestReadersShareCache TestInstanceEnds TestUpgradeOnSQLite
 # make check has these of TestScripts.
 SHORT_SCRIPTS := line service version
 LONG_SCRIPTS = $(call any-of,$(filter-out $(SHORT_SCRIPTS),$(basename $(notdir $(wildcard \
@@ -147,7 +148,7 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 
 # It goes on where it ended, and says how long that will take. Results are in var/flaky.
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1
-	N=$(or $(N),20) scripts/flaky.sh
+	N=$(or $(N),20) PACKAGES="$(or $(PACKAGES),$(LONGEST) work)" scripts/flaky.sh
 
 soak: deps-test vaultdev ## a year in an hour: var/soak (STORE=sqlite|postgres BINDINGS=10000000 DURATION=1h SEED=n)
 	STORE=$(STORE) BINDINGS=$(BINDINGS) DURATION=$(DURATION) SEED=$(SEED) scripts/soak.sh

@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
 # Runs the tests of make test N times while other work keeps every core busy, and once with GOMAXPROCS=1. make flaky
-# runs it. PACKAGES and ARGS are for go test. var/flaky/results has a line for each run, and var/flaky has the logs of
-# runs that failed. If it is called again for the same code, it continues.
+# runs it. It builds the tests of PACKAGES once, and runs them with ARGS, such as -test.run=NAME. var/flaky/results has
+# a line for each run, and var/flaky has the logs of runs that failed. If it is called again for the same code, it
+# continues.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 n=${N:-20} results=var/flaky/results
-mkdir -p var/flaky
+export bin=$PWD/var/flaky/bin
+mkdir -p "$bin"
 of=$({ git rev-parse HEAD; git diff HEAD; go version; printf '%s\n' "${PACKAGES:-}" "${ARGS:-}"; } | sha256sum)
 if [ "$(head -n 1 $results 2>/dev/null)" != "$of" ]; then
-	rm -f var/flaky/*
+	rm -f var/flaky/*.log
 	printf '%s\n' "$of" >$results
 fi
-# shellcheck disable=SC2086 # a list
-packages=$(go list -f '{{.Dir}}' ${PACKAGES:-work} | wc -l)
 busy=()
-stop() { [ ${#busy[@]} -eq 0 ] || kill "${busy[@]}" 2>/dev/null; }
+stop() {
+	[ ${#busy[@]} -eq 0 ] || kill "${busy[@]}" 2>/dev/null
+	rm -rf "$bin"
+}
 trap stop EXIT
 trap 'exit 130' INT TERM
+# shellcheck disable=SC2086 # a list
+folders=$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.Dir}}{{end}}' ${PACKAGES:-work}) &&
+	scripts/step.sh 'building the tests' go test -c -race -vet=off -ldflags=-w -o "$bin/" $folders || exit
 for _ in $(seq "$(nproc)"); do
 	timeout $((n * 3600)) sh -c 'while :; do :; done' &
 	busy+=($!)
@@ -28,18 +34,31 @@ left() {
 		END { if (runs) printf ", some %d min left", (n - runs) * s / runs / 60 + 1 }' $results
 }
 
-# run NAME COMMAND...
+# package FOLDER: the tests of a package, as go test runs them
+package() {
+	local output
+	cd "$1" || return
+	# shellcheck disable=SC2086 # a list
+	if output=$("$bin/$(basename "$1").test" -test.paniconexit0 -test.timeout=90m \
+		-test.parallel=$((2 * $(nproc))) $ARGS 2>&1); then
+		echo "ok $1"
+	else
+		printf '%s\nFAIL %s\n' "$output" "$1"
+		return 1
+	fi
+}
+export -f package
+export ARGS=${ARGS:-}
+
+# run NAME [VARIABLE=VALUE...]
 run() {
 	local name=$1 log=var/flaky/$1.log begin=$SECONDS result=passed
 	shift
 	if grep -q "^$name " $results; then
 		return
 	fi
-	# shellcheck disable=SC2086 # a list each
-	scripts/step.sh -l "$log" -n "$packages" "run $name of $n$(left)" scripts/leaves-nothing.sh env "$@" \
-		go test -race -count=1 -timeout 90m -vet=off -ldflags=-w -p $((3 * $(nproc))) \
-		-parallel $((2 * $(nproc))) ${ARGS:-} ${PACKAGES:-work} ||
-		result=FAILED
+	scripts/step.sh -l "$log" -n "$(wc -l <<<"$folders")" "run $name of $n$(left)" scripts/leaves-nothing.sh env "$@" \
+		xargs -P $((3 * $(nproc))) -I FOLDER bash -c 'package FOLDER' <<<"$folders" || result=FAILED
 	printf '%s %s %d s\n' "$name" $result $((SECONDS - begin)) | tee -a $results
 	if [ $result = passed ]; then
 		rm "$log"
