@@ -189,8 +189,8 @@ func TestEnvironment(t *testing.T) {
 		"http://127.9.9.9":           "",
 		"http://[::1]:8200":          "",
 		"http://localhost:8200":      "",
-		"http://10.99.0.4:8200": "http://10.99.0.4:8200 could read the login: have Vault serve TLS, and set VAULT_ADDR " +
-			"to https://10.99.0.4:8200;",
+		"http://10.99.0.4:8200": "http://10.99.0.4:8200 could read the login: have Vault serve TLS, and set " +
+			"VAULT_ADDR to https://10.99.0.4:8200;",
 		"http://localhost.example":       "set VAULT_ADDR to https://localhost.example;",
 		"http://0.0.0.0:8200":            "have Vault serve TLS",
 		"http://u:p@vault.example":       "http://u:xxxxx@vault.example could",

@@ -212,9 +212,9 @@ func enrolledBefore(ctx context.Context, token Token, store registry.Store, manu
 }
 
 // ImportLot imports a granted lot, unless its key is weak: it imports the private key, proves with a decryption that it
-// is the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. It refuses a retired lot, unless again
-// is a verdict that the lot is served again. Then the lot's Retired is that verdict, or the present one if the lot was
-// not retired.
+// is the key of the manifest's modulus, and enters the lot. The same grant again changes nothing. It refuses a retired
+// lot, unless again is a verdict that the lot is served again. Then the lot's Retired is that verdict, or the present
+// one if the lot was not retired.
 func ImportLot(
 	ctx context.Context, token Token, store registry.Store, jws []byte, again *registry.Verdict,
 ) (*registry.Lot, error) {

@@ -126,7 +126,7 @@ func TestCheck(t *testing.T) {
 	}
 	t.Setenv("VAULT_ADDR", "http://vault.example:8200")
 	if r := Check(write(t, "state: "+t.TempDir()+"\ndirectory: vault:kme\n"), nil, false); r.Err() == nil ||
-		!strings.Contains(r.Err().Error(), "line 2: the environment for Vault: whoever is on the way to http://vault.") {
+		!strings.Contains(r.Err().Error(), "line 2: the environment for Vault: whoever is on the way to ") {
 		t.Errorf("Vault without TLS: %v", r.Err())
 	}
 	if r := Check(write(t, "listen: 127.0.0.1:0\n"), nil, false); r.Err() == nil ||

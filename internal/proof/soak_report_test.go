@@ -224,7 +224,8 @@ func (s *soak) shares() {
 	// Pairs of one run spread by a tenth and more: three of four are below only if the median is too.
 	slices.Sort(ratios)
 	if s.long && ratios[len(ratios)*3/4] < 0.95 {
-		s.t.Errorf("a grown database has %.2f of the attaches of an empty one (median of pairs): 0.95 is wanted", r.Ratio)
+		s.t.Errorf("a grown database has %.2f of the attaches of an empty one (median of pairs), and not 0.95",
+			r.Ratio)
 	}
 }
 

@@ -276,7 +276,7 @@ func TestCheckPlaces(t *testing.T) {
 		{webhook + "secret_file: folder}}", "equipment.webhook.secret_file: "},
 		{webhook + "secret_file: secret, ca: a.key}}", "equipment.webhook.ca: "},
 		{aSocket + "vault: {role_id: x, secret_id_file: folder}", "vault.secret_id_file: "},
-		{aSocket + "directory: vault:kme", "directory: the environment for Vault: whoever is on the way to http://vault."},
+		{aSocket + "directory: vault:kme", "directory: the environment for Vault: whoever is on the way to "},
 	} {
 		text, want := c[0], c[1]
 		path := filepath.Join(dir, "keysvc.yaml")
