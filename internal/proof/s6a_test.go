@@ -320,6 +320,7 @@ func TestS6aConfiguration(t *testing.T) {
 		"rejected is":            "service = unix:/x\nrejected = maybe",
 		"the beginning of IMSIs": "service = unix:/x\nopen = 1",
 		"vendor is a number":     "service = unix:/x\nvendor = 0",
+		"an enterprise number":   "service = unix:/x\nvendor = 10415",
 		"in_flight is a number":  "service = unix:/x\nin_flight = 0",
 		"handlers is a number":   "service = unix:/x\nhandlers = 1000",
 		"breaker is a number":    "service = unix:/x\nbreaker = -1",

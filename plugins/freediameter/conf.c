@@ -123,9 +123,11 @@ static int set_number(const char *key, const char *value)
 			if (!*value || *end || n < numbers[i].low || n > numbers[i].high)
 				return complain(key, want, value);
 			*numbers[i].to = n;
-			if (numbers[i].to == &vendor)
-				conf.vendor = (uint32_t)n;
-			return 0;
+			if (numbers[i].to != &vendor)
+				return 0;
+			conf.vendor = (uint32_t)n;
+			/* 3GPP has AVPs with our numbers, and MMEs announce its features with our bit. */
+			return n == VENDOR_3GPP ? complain(key, "an enterprise number of your own", value) : 0;
 		}
 	return 1;
 }
