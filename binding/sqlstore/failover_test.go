@@ -1,7 +1,9 @@
 package sqlstore
 
 import (
+	"context"
 	"errors"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -9,6 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/mark"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/sqlstore/internal/ledger"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -95,4 +98,43 @@ func TestPostgresDecidedAgain(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
+}
+
+// A failover takes away what was read of the ledger before a commit confirmed it: that counts as not seen, or the next
+// check would call the promoted server's ledger rolled back.
+func TestPostgresReadBeforeFailover(t *testing.T) {
+	ctx, first, token := t.Context(), pgtest.Start(t), new(markToken)
+	database := first.Database(t)
+	second := first.Standby(t)
+	s := openPG(t, pgtest.Either(t, database, first, second))
+	settles := 0
+	s.chains = ledger.New(s.macs, s.read, func(ctx context.Context) error {
+		if settles++; settles == 1 {
+			second.Promote(t)
+			first.Kill(t)
+			testproc.Await(t, "the promoted server is found", func() bool { return s.settle(ctx) == nil })
+		}
+		return s.settle(ctx)
+	})
+	s.Ledger = s.chains.Ledger()
+	done(t, s.Note(ctx, "TRIED", "s", "confirmed"))
+	second.Set(t, "primary_conninfo", "")
+	testproc.Await(t, "the standby is away", func() bool {
+		return strings.Contains(strings.Join(must(s.Warnings(ctx)), ""), "none is connected")
+	})
+	if err := s.Note(ctx, "TRIED", "s", "not confirmed"); err == nil {
+		t.Fatal("a commit succeeds that no standby has")
+	}
+	testproc.Await(t, "what was not confirmed can be read", func() bool {
+		detail, _, err := s.LastNote(ctx, "TRIED", "s")
+		return err == nil && detail == "not confirmed"
+	})
+	if read := must(s.Check(ctx, new(binding.Mark))); read.Entries() != 2 || settles != 1 {
+		t.Fatalf("%d entries were read, and settled %d times: want 2, once", read.Entries(), settles)
+	}
+	if n := s.Seen().Entries(); n != 1 {
+		t.Errorf("%d entries were seen; one is left", n)
+	}
+	done(t, mark.Check(ctx, s, token))
+	done(t, s.Note(ctx, "TRIED", "s", "confirmed again"))
 }
