@@ -13,6 +13,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -101,8 +102,9 @@ func TestMigrate(t *testing.T) {
 			return err
 		}
 		stop := must.Get[func()](t)(ServeAlone(name)) // whatever it confirms during the copy would be lost
-		if _, err := Migrate(ctx, token, name, other, func(int) {}); err == nil || !strings.Contains(err.Error(),
-			"--from: a keysvc serves from ") {
+		_, err := Migrate(ctx, token, name, other, func(int) {})
+		if about, _ := errors.AsType[usage.About](err); about.Setting != "from" ||
+			!strings.HasPrefix(err.Error(), "a keysvc serves from ") {
 			t.Errorf("a store that is served was copied: %v", err)
 		}
 		if _, err := os.Stat(filepath.Join(dir, "other.db")); err == nil {
