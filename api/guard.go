@@ -32,8 +32,7 @@ func (g *guard) finish(ctx context.Context, procedure string, work func() error)
 	if p := panics.Of(err); p != nil {
 		err = toConnect(p)
 	}
-	var t told
-	if connect.CodeOf(err) == connect.CodeInternal && errors.As(err, &t) {
+	if t, ok := errors.AsType[told](err); ok && connect.CodeOf(err) == connect.CodeInternal {
 		g.service.Broken(ctx, t.error, callOf(procedure)...)
 	}
 	return err
@@ -191,8 +190,7 @@ var codes = map[kme.Reason]connect.Code{
 
 // refusalOf is the refusal that an error is; nil if it is none.
 func refusalOf(err error) *binding.Refusal {
-	var r *binding.Refusal
-	errors.As(err, &r)
+	r, _ := errors.AsType[*binding.Refusal](err)
 	return r
 }
 

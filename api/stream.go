@@ -86,8 +86,7 @@ func (s *server) Stream(
 		}
 		return s.streams.serve(ctx, b)
 	})
-	var refused *connect.Error
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*connect.Error](err); ok {
 		setReason(refused.Meta(), err)
 	}
 	return err
@@ -264,8 +263,7 @@ func (h *Handler) answer(ctx context.Context, read time.Time, c *kmev1.Call) *km
 	}
 	if err != nil {
 		e := &kmev1.CallError{Code: connect.CodeOf(err).String(), Message: err.Error()}
-		var shown *connect.Error
-		if errors.As(err, &shown) {
+		if shown, ok := errors.AsType[*connect.Error](err); ok {
 			e.Message = shown.Message()
 		}
 		if r := refusalOf(err); r != nil {

@@ -61,8 +61,7 @@ func (s *Service) EstablishKME(ctx context.Context, asked EstablishRequest) (*Es
 		}
 	}
 	if err != nil {
-		var r *Refusal
-		if errors.As(err, &r) && slices.Contains(aboutDevice, r.Reason) {
+		if r, ok := errors.AsType[*Refusal](err); ok && slices.Contains(aboutDevice, r.Reason) {
 			s.history.Saw(p.IMSI, p.IMEI, sightings.Asserted)
 		}
 		return nil, s.failed(ctx, "EstablishKME", p.IMSI, err, "imei", p.IMEI, "origin", p.Origin.Name)

@@ -159,8 +159,7 @@ func (s *Service) Broken(ctx context.Context, err error, attrs ...any) {
 
 // failed logs a refusal, with the cause that the caller does not get. The call is a method of kme.v1.KeyService.
 func (s *Service) failed(ctx context.Context, call string, imsi kme.IMSI, err error, more ...any) error {
-	var r *Refusal
-	if errors.As(err, &r) {
+	if r, ok := errors.AsType[*Refusal](err); ok {
 		r.logged = true
 		s.metrics.refused(r)
 		attrs := append([]any{"call", call, "imsi", imsi, "reason", r.Reason, "message", r.Message}, more...)

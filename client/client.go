@@ -323,8 +323,7 @@ func try[A any](
 
 // explain gives the error that a caller sees, and whether the call may be made again.
 func explain(err error) (error, bool) {
-	var refused *Error
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*Error](err); ok {
 		return err, refused.Temporary()
 	}
 	var e *connect.Error

@@ -309,8 +309,8 @@ func (s *session) readSecretID(ctx context.Context) (string, error) {
 
 // loginError says what a refused login means, without the request's URL and body.
 func loginError(err error) error {
-	var r *api.ResponseError
-	if !errors.As(err, &r) {
+	r, ok := errors.AsType[*api.ResponseError](err)
+	if !ok {
 		return fmt.Errorf("log in to Vault: %w: %w: see that it runs, and that VAULT_ADDR is its address",
 			directory.ErrUnavailable, err)
 	}

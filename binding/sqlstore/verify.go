@@ -48,8 +48,8 @@ func (v *verification) read() {
 
 // found notes damage, and returns any other error.
 func (v *verification) found(err error) error {
-	var d *binding.DamagedRow
-	if !errors.As(err, &d) {
+	d, ok := errors.AsType[*binding.DamagedRow](err)
+	if !ok {
 		return err
 	}
 	v.mu.Lock()

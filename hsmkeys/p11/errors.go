@@ -69,8 +69,7 @@ func Explain(what string, err error) error {
 	if err == nil {
 		return nil
 	}
-	var code pkcs11.Error
-	if errors.As(err, &code) && hints[code] != "" {
+	if code, ok := errors.AsType[pkcs11.Error](err); ok && hints[code] != "" {
 		return fmt.Errorf("%s: %w: %s", what, err, hints[code])
 	}
 	return fmt.Errorf("%s: %w", what, err)

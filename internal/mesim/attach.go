@@ -140,8 +140,7 @@ func each(ctx context.Context, goroutines, n int, f func(i int) error) error {
 
 // reasonOf is the network's reason for a refusal; empty for any other error.
 func reasonOf(err error) string {
-	var e *client.Error
-	if errors.As(err, &e) {
+	if e, ok := errors.AsType[*client.Error](err); ok {
 		return string(e.Reason)
 	}
 	return reasonOfS6a(err)

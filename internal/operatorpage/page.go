@@ -171,8 +171,7 @@ func (p *page) lookUp(ctx context.Context, kind, text string) *found {
 	f := &found{Asked: strings.TrimSpace(text), Kind: kind}
 	fail := func(err error) *found {
 		f.Error = err.Error()
-		var r *binding.Refusal
-		if errors.As(err, &r) {
+		if r, ok := errors.AsType[*binding.Refusal](err); ok {
 			f.Error = fmt.Sprintf("%s: %s. The service's log has the cause.", r.Reason, r.Message)
 		}
 		return f

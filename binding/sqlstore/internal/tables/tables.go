@@ -152,6 +152,5 @@ func Damaged(t *Table, values Row, what string) error {
 
 // IsDamaged says whether an error is a *binding.DamagedRow.
 func IsDamaged(err error) bool {
-	var d *binding.DamagedRow
-	return errors.As(err, &d)
+	return errors.As(err, new(*binding.DamagedRow))
 }
