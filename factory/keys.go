@@ -130,7 +130,7 @@ func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID s
 	return signer.SigningKeyID(), created, nil
 }
 
-var errNoSigningKey = hsmkeys.Setting(errors.New("the token has no signing key yet: run factory init first"))
+var errNoSigningKey = usage.Errorf("the token has no signing key yet: run factory init first")
 
 // openSigner signs with the newest signing key, which the earlier ones introduce.
 func openSigner(token Token) (signer *directory.Signer, err error) {

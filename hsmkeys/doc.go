@@ -61,13 +61,6 @@ var (
 	ErrPINMaybeSet = officer.ErrPINMaybeSet
 )
 
-// A SettingError is about what the caller has set: a token's URI, its module, the file with its PIN, or a token that is
-// not the one for this.
-type SettingError = p11.SettingError
-
-// Setting makes an error, unless it is nil, a SettingError.
-func Setting(err error) error { return p11.Setting(err) }
-
 // ReadPIN takes a PIN from a pin-source.
 func ReadPIN(source string) (PIN, error) { return p11.ReadPIN(source) }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // A Dedication says what a token is for. It is an object in the token, which init makes and nobody can change: JSON,
@@ -22,7 +23,7 @@ type Dedication struct {
 }
 
 // ErrNotDedicated: init was not run on the token.
-var ErrNotDedicated = Setting(errors.New("the token has no keys of this project yet: run init first"))
+var ErrNotDedicated = usage.Errorf("the token has no keys of this project yet: run init first")
 
 // Dedicate makes a token one side's for ever. It refuses a token of the other side. If the token is dedicated already,
 // nothing changes.
@@ -81,8 +82,8 @@ func (b *base) mustBe(s *p11.Session, side Side) error {
 		return err
 	}
 	if d.Side != side {
-		return Setting(fmt.Errorf("%s is a token of the %s's, by what its init wrote into it: name one of the %s's",
-			b, d.Side, side))
+		return usage.Errorf("%s is a token of the %s's, by what its init wrote into it: name one of the %s's", b,
+			d.Side, side)
 	}
 	return nil
 }

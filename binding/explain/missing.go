@@ -11,7 +11,7 @@ import (
 func Missing(m *binding.Missing, logs bool, leftOut int) string {
 	if !logs {
 		return fmt.Sprintf("The ledger has lost at least %d entries. They are not known: no audit log was named "+
-			"(audit_log of the configuration, --audit-log).", m.Unknowns())
+			"(audit_log of the configuration).", m.Unknowns())
 	}
 	text := fmt.Sprintf("The ledger has lost %d entries; %d come back from the audit log, and at least %d are not "+
 		"known.", m.Lost, len(m.Lines)-leftOut, m.Unknowns())

@@ -93,10 +93,7 @@ func manufacturerList(c *cli.Context) error {
 // verdict makes a verdict of this user, with the reason of --reason.
 func verdict(c *cli.Context, withdrawn bool) (registry.Verdict, error) {
 	v, err := imports.NewVerdict(withdrawn, who.Name(), c.String("reason"))
-	if err != nil {
-		return v, usage.Mark(err)
-	}
-	return v, nil
+	return v, usage.Mark(err)
 }
 
 func decide(

@@ -14,6 +14,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // A connection is a module that is initialised for us, a slot in it, and a login.
@@ -111,8 +112,8 @@ func (c *connection) noToken() error {
 		names = append(names, name+"="+value)
 	}
 	slices.Sort(names)
-	return Setting(fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
-		c.uri.module, strings.Join(names, ", "), softhsmConf()))
+	return usage.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
+		c.uri.module, strings.Join(names, ", "), softhsmConf())
 }
 
 func softhsmConf() string {
@@ -149,7 +150,7 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 	case 1:
 		return slot, info, nil
 	}
-	return 0, info, Setting(fmt.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token))
+	return 0, info, usage.Errorf("%d tokens fit %v: add serial=NUMBER to the URI", found, c.uri.token)
 }
 
 // Trim removes the padding of the fields of CK_TOKEN_INFO.

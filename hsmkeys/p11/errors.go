@@ -18,20 +18,6 @@ var ErrUnavailable = errors.New("the token is not available")
 // ErrBusy: all sessions that the token allows are in use. The same call may work later.
 var ErrBusy = errors.New("all sessions that the token allows are in use")
 
-// A SettingError is about what the caller has set: a token's URI, its module, the file with its PIN, or a token that is
-// not the one for this.
-type SettingError struct{ error }
-
-func (e SettingError) Unwrap() error { return e.error }
-
-// Setting makes an error, unless it is nil, a SettingError.
-func Setting(err error) error {
-	if err == nil {
-		return nil
-	}
-	return SettingError{error: err}
-}
-
 // errGone marks an error of any kind after which the token opens no session any more.
 var errGone = errors.New("and no session can be opened")
 

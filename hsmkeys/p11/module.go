@@ -11,6 +11,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // A module is a PKCS #11 library in this process. It stays loaded. C_Initialize and C_Finalize are called once for all
@@ -35,7 +36,7 @@ var modules struct {
 }
 
 func loadModule(path string) (_ *module, err error) {
-	defer func() { err = Setting(err) }()
+	defer func() { err = usage.Mark(err) }()
 	modules.Lock()
 	defer modules.Unlock()
 	if m := modules.at[path]; m != nil {

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/miekg/pkcs11"
+
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // Options say how a token is used. The zero value is right for a command.
@@ -138,7 +140,7 @@ func connect(u *uri, o Options) (*Token, error) {
 	t.Forget()
 	if err := t.acquire(); err != nil {
 		t.release()
-		if _, ok := errors.AsType[SettingError](err); ok {
+		if _, ok := errors.AsType[usage.Error](err); ok {
 			return nil, err
 		}
 		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, "+

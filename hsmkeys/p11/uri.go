@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	pkcs11uri "github.com/stefanberger/go-pkcs11uri"
+
+	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
 // A uri is what a token's RFC 7512 URI says. It holds no PIN, only where to find it.
@@ -37,9 +39,10 @@ func CheckURI(s string) error {
 }
 
 func parseURI(s string) (u *uri, err error) {
-	defer func() { err = Setting(err) }()
+	defer func() { err = usage.Mark(err) }()
 	if s == "" {
-		return nil, errors.New("no token: give --token or KMEHSM_TOKEN, an RFC 7512 URI, " + uriExample)
+		return nil, usage.In("token", errors.New("no token: name one, here or in KMEHSM_TOKEN, by its RFC 7512 URI, "+
+			uriExample))
 	}
 	p := pkcs11uri.New()
 	if err := p.Parse(s); err != nil {
@@ -89,7 +92,7 @@ func (PIN) Format(f fmt.State, _ rune)   { io.WriteString(f, redactedPIN) }
 // ReadPIN takes a PIN from a pin-source: a file: URI or an absolute path (RFC 7512 section 2.4). One newline at the
 // end belongs to the file, not to the PIN. Its errors never quote the file's content.
 func ReadPIN(source string) (_ PIN, err error) {
-	defer func() { err = Setting(err) }()
+	defer func() { err = usage.Mark(err) }()
 	if source == "" {
 		return "", errors.New("no PIN: add pin-source=file:/path to the token's URI")
 	}

@@ -18,7 +18,6 @@ import (
 
 	"github.com/urfave/cli/v2"
 
-	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/internal/version"
@@ -140,9 +139,6 @@ func exitCode(err error) int {
 		return e.code
 	}
 	if _, ok := errors.AsType[usage.Error](err); ok {
-		return exitUsage
-	}
-	if _, ok := errors.AsType[hsmkeys.SettingError](err); ok {
 		return exitUsage
 	}
 	return exitFailed

@@ -32,8 +32,8 @@ func CheckNotOf(program, dir, file string) error {
 	if _, err := os.Stat(filepath.Join(dir, file)); err != nil {
 		return nil
 	}
-	return usage.Errorf("the folder %s is %s's: name another with --state; KMEHSM_STATE is for one program", dir,
-		program)
+	return usage.In("state", usage.Errorf("the folder %s is %s's: name another; KMEHSM_STATE is for one program", dir,
+		program))
 }
 
 // CheckOwner fails if root would work in another user's folder: the service could not use what root makes there. A

@@ -8,8 +8,13 @@ type Error struct{ error }
 
 func (e Error) Unwrap() error { return e.error }
 
-// Mark makes err an Error.
-func Mark(err error) error { return Error{error: err} }
+// Mark makes an error, unless it is nil, an Error.
+func Mark(err error) error {
+	if err == nil {
+		return nil
+	}
+	return Error{error: err}
+}
 
 // Errorf is [fmt.Errorf] for an Error.
 func Errorf(format string, args ...any) error { return Mark(fmt.Errorf(format, args...)) }
