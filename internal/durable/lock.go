@@ -1,6 +1,7 @@
 package durable
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -35,7 +36,7 @@ func LockFile(path string, held func(holder string) error) (unlock func(), err e
 			}
 			holder := make([]byte, 512)
 			n, _ := f.Read(holder)
-			return nil, held(strings.TrimSpace(string(holder[:n])))
+			return nil, held(cmp.Or(strings.TrimSpace(string(holder[:n])), "one that has just begun"))
 		}
 		if isAt(f, path) {
 			break

@@ -153,42 +153,62 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 		servers = append(servers, server)
 		serve(server, l.Listener)
 	}
+	reloading := make(chan struct{})
+	go func() {
+		defer close(reloading)
+		d.keepCurrent(gctx)
+	}()
 	g.Go(func() error {
-		hup := make(chan os.Signal, 1)
-		signal.Notify(hup, syscall.SIGHUP)
-		defer signal.Stop(hup)
-		minute := time.NewTicker(time.Minute)
-		defer minute.Stop()
-		reload := func() {
-			if err := d.safely(ctx, func() error { return d.reload(ctx, d.from) }); err != nil {
-				d.log.Error("reload failed; what was served before goes on", "cause", err.Error())
-			} else {
-				d.log.Info("reloaded")
-			}
+		<-gctx.Done()
+		d.log.Info("draining")
+		endStreams(d.options.Streams)
+		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), settings.MaxDrain)
+		defer cancel()
+		var all errgroup.Group
+		for _, server := range servers {
+			all.Go(func() error { return server.Shutdown(drain) })
 		}
-		for {
-			select {
-			case <-hup:
-				reload()
-			case <-d.accepted:
-				reload()
-			case <-minute.C:
-				err := d.safely(ctx, func() error { return d.store.DropExpired(gctx, time.Now()) })
-				if err != nil && gctx.Err() == nil {
-					d.log.Warn("expired attempts were not removed", "cause", err.Error())
-				}
-			case <-gctx.Done():
-				d.log.Info("draining")
-				endStreams(d.options.Streams)
-				drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), settings.MaxDrain)
-				defer cancel()
-				var all errgroup.Group
-				for _, server := range servers {
-					all.Go(func() error { return server.Shutdown(drain) })
-				}
-				return all.Wait()
-			}
+		err := all.Wait()
+		select {
+		case <-reloading:
+		case <-time.After(reloadPatience):
 		}
+		return err
 	})
 	return g.Wait()
+}
+
+// reloadPatience is how long a service that ends waits for a reload, which may hang for ever, as in a file of a server
+// that is away.
+const reloadPatience = 5 * time.Second
+
+// keepCurrent reloads when it is told to, and removes expired attempts, until ctx ends.
+func (d *daemon) keepCurrent(ctx context.Context) {
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
+	minute := time.NewTicker(time.Minute)
+	defer minute.Stop()
+	reload := func() {
+		if err := d.safely(ctx, func() error { return d.reload(ctx, d.from) }); err != nil {
+			d.log.Error("reload failed; what was served before goes on", "cause", err.Error())
+		} else {
+			d.log.Info("reloaded")
+		}
+	}
+	for {
+		select {
+		case <-hup:
+			reload()
+		case <-d.accepted:
+			reload()
+		case <-minute.C:
+			err := d.safely(ctx, func() error { return d.store.DropExpired(ctx, time.Now()) })
+			if err != nil && ctx.Err() == nil {
+				d.log.Warn("expired attempts were not removed", "cause", err.Error())
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
 }

@@ -192,6 +192,44 @@ func TestServe(t *testing.T) {
 	}
 }
 
+// A reload that hangs, as in a file of a server that is away, does not keep the service from its end.
+func TestReloadHangs(t *testing.T) {
+	dir := t.TempDir()
+	socket, path := filepath.Join(dir, "s"), filepath.Join(dir, "keysvc.yaml")
+	tok := softhsmtest.Token(t)
+	must.Do(t, os.WriteFile(path, fmt.Appendf(nil, "token: %q\nstate: state\nsocket: s\ndrain_delay: 0s\n", tok.URI),
+		0o600))
+	must.Do(t, os.Mkdir(filepath.Join(dir, "state"), 0o700))
+	initialise(t, tok, filepath.Join(dir, "state"))
+	hups := make(chan os.Signal, 1) // see TestServe
+	signal.Notify(hups, syscall.SIGHUP)
+	defer signal.Stop(hups)
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	log, ended := new(testproc.Log), make(chan error, 1)
+	go func() { ended <- Serve(ctx, settings.Source{Path: path}, log) }()
+	testproc.Await(t, "it serves", func() bool { status, _ := get(socket, "/readyz"); return status == http.StatusOK })
+	must.Do(t, os.Remove(path))
+	must.Do(t, syscall.Mkfifo(path, 0o600))
+	var pipe *os.File
+	testproc.Await(t, "the reload", func() (reading bool) {
+		syscall.Kill(os.Getpid(), syscall.SIGHUP)
+		var err error
+		pipe, err = os.OpenFile(path, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+		return err == nil
+	})
+	defer pipe.Close() // ends the reload
+	stop()
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(testproc.Patience):
+		t.Errorf("it has not ended:\n%s", log)
+	}
+}
+
 // /readyz says what becomes of what is confirmed when PostgreSQL's server is lost: nothing, with a synchronous standby.
 func TestPostgresReadyz(t *testing.T) {
 	dir, tok, server := t.TempDir(), softhsmtest.Token(t), pgtest.Start(t)
