@@ -15,8 +15,6 @@ import (
 	"strings"
 	"syscall"
 
-	"github.com/google/renameio/v2"
-
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/durable"
 )
@@ -97,7 +95,10 @@ func (s *Store) Create(ctx context.Context, path string, data []byte) error {
 		return cannotWrite(path, err)
 	}
 	// Also if another process has linked it: the link may not be on disk yet.
-	return durable.SyncDir(dir)
+	if err := durable.SyncDir(dir); err != nil {
+		return cannotWrite(path, err)
+	}
+	return nil
 }
 
 func (s *Store) Read(ctx context.Context, path string) (data []byte, version string, err error) {
@@ -160,10 +161,10 @@ func (s *Store) Update(ctx context.Context, path string, data []byte, version st
 	if now != version {
 		return fmt.Errorf("%s: %w", path, directory.ErrChanged)
 	}
-	if err := renameio.WriteFile(file, data, 0o644, renameio.WithTempDir(dir)); err != nil {
+	if err := durable.WriteFile(file, data, 0o644); err != nil {
 		return cannotWrite(path, err)
 	}
-	return durable.SyncDir(dir)
+	return nil
 }
 
 func (s *Store) List(ctx context.Context, path string) ([]string, error) {

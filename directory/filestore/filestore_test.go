@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -27,6 +28,27 @@ func TestStore(t *testing.T) {
 		dir := t.TempDir()
 		return openStore(t, dir), openStore(t, dir)
 	})
+}
+
+// Those who read a directory may be other users: what replaces an object is for them too, whatever the umask.
+func TestReadableForAll(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	must(t, s.Create(t.Context(), "lots/a", []byte("a")))
+	must(t, s.Update(t.Context(), "lots/b", []byte("b"), ""))
+	for _, name := range []string{"a", "b"} {
+		if info, err := os.Stat(filepath.Join(dir, "lots", name)); err != nil || info.Mode().Perm() != 0o644 {
+			t.Errorf("%s: %v, %v", name, info, err)
+		}
+	}
+}
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 func TestPaths(t *testing.T) {
