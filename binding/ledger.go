@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"strconv"
 	"strings"
 	"time"
 
@@ -157,8 +158,16 @@ type DamagedRow struct {
 }
 
 func (e *DamagedRow) Error() string {
-	return fmt.Sprintf("the database is damaged: %s %s %s; keysvc store verify lists all that is", e.Table,
-		e.Key, e.What)
+	return fmt.Sprintf("the database is damaged: %s; keysvc store verify lists all that is", e.Line())
+}
+
+// Line is for people: a key is in quotes if it would do something to a terminal. Somebody else may have chosen it.
+func (e *DamagedRow) Line() string {
+	key := e.Key
+	if strings.ContainsFunc(key, strict.Hidden) {
+		key = strconv.Quote(key)
+	}
+	return fmt.Sprint(e.Table, " ", key, " ", e.What)
 }
 
 // ErrRolledBack: the ledger is behind its high-water mark.

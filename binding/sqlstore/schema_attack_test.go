@@ -12,6 +12,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/tokenkeys"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
+	"github.com/kmehsm/kmehsm/internal/strict"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -196,5 +197,18 @@ func TestActorsTaken(t *testing.T) {
 				t.Fatal("it does not end")
 			}
 		})
+	}
+}
+
+// What a stranger calls a row does nothing to the terminal of whoever has it listed.
+func TestHostileNames(t *testing.T) {
+	ctx, p := t.Context(), path(t)
+	s := open(t, p)
+	must(stranger(t, "sqlite:"+p).Exec(`INSERT INTO attempts VALUES ($1, '', '', 0, 0, X'')`,
+		"1\n0 are damaged\x1b[8m\u202e"))
+	damaged := must(s.Verify(ctx, func(int, int) {})).Damaged
+	if len(damaged) != 1 || !strings.Contains(damaged[0].Line(), "are damaged") ||
+		strings.ContainsFunc(damaged[0].Line()+damaged[0].Error(), strict.Hidden) {
+		t.Errorf("%q", damaged)
 	}
 }

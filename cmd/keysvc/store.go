@@ -109,7 +109,7 @@ func storeVerify(c *cli.Context) error {
 		}
 		err = cmdline.Print(c, v, func(w io.Writer) {
 			for _, d := range v.Damaged {
-				fmt.Fprintf(w, "%s %s %s\n", d.Table, d.Key, d.What)
+				fmt.Fprintln(w, d.Line())
 			}
 			if v.RolledBack != "" {
 				fmt.Fprintln(w, v.RolledBack)
