@@ -172,6 +172,7 @@ type fault struct {
 	what  string
 	felt  bool          // an attach has to wait for it
 	alone bool          // there is no second part, to which an attach goes after half of a call's time
+	inTx  bool          // it may come within an instance's change, for which the other one waits a second at most
 	lasts time.Duration // where it is not the usual time
 }
 
@@ -225,8 +226,10 @@ func (s *site) during(f fault, begin func() (mend func())) {
 	if s.quiet == 0 { // the first one is none
 		s.quiet = at(99)
 	}
-	// It waits for half of a call's time for a part, and at the next one as long, if the first hangs within a change.
-	most := s.timeout + 5*s.quiet
+	most := s.timeout/2 + 3*s.quiet
+	if f.inTx {
+		most += time.Second
+	}
 	if f.alone { // TCP tries again after as long as the network was cut, at the latest
 		most += 2 * f.lasts
 	}
@@ -293,6 +296,7 @@ func TestS6aPostgresVaultCutOff(t *testing.T) {
 	// try's time, and less than a transaction has.
 	cut(fault{what: "primary - standby", felt: true, alone: true, lasts: min(s.timeout*3/4, 1500*time.Millisecond)},
 		database, address(hssHost))
+	long := 2 * s.timeout  // long enough to be asked in vain twice
 	unread := devices[40:] // of shards that nobody has read
 	for i := range s.instances {
 		_, name, _ := strings.Cut(instanceName(i), " ")
@@ -309,7 +313,7 @@ func TestS6aPostgresVaultCutOff(t *testing.T) {
 			t.Errorf("%s ended in order, and calls failed: %v", instanceName(i), s.again)
 		}
 		s.mu.Unlock()
-		s.during(fault{what: instanceName(i) + " hangs", felt: true}, func() func() {
+		s.during(fault{what: instanceName(i) + " hangs", felt: true, inTx: true}, func() func() {
 			suspend(t, s.instances[i])
 			return func() { s.instances[i].Cmd.Process.Signal(syscall.SIGCONT) }
 		})
@@ -325,9 +329,9 @@ func TestS6aPostgresVaultCutOff(t *testing.T) {
 				return s.modules[i].Counts()["C_Initialize"] > opened
 			})
 		}
-		cut(fault{what: "Go client - " + name, felt: true}, address(0), address(i+1))
-		cut(fault{what: "HSS - " + name, felt: true}, address(hssHost), address(i+1))
-		cut(fault{what: name + " - primary", felt: true}, database, address(i+1))
+		cut(fault{what: "Go client - " + name, felt: true, lasts: long}, address(0), address(i+1))
+		cut(fault{what: "HSS - " + name, felt: true, lasts: long}, address(hssHost), address(i+1))
+		cut(fault{what: name + " - primary", felt: true, inTx: true}, database, address(i+1))
 		cut(fault{what: name + " - standby"}, standby, address(i+1))
 		for range cap(s.unread) {
 			s.unread <- unread[0]
