@@ -112,7 +112,7 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	if errors.Is(err, syscall.ENOSPC) && !strings.Contains(text, "room") {
 		text += ": make room on its disk, and run this again"
 	}
-	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, text)
+	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, visible(text))
 	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})
 	}

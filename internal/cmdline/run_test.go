@@ -47,7 +47,8 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 							c.StringSlice("name"), c.Int("count"), c.String("own")})
 					}},
 				{Name: "ends", Subcommands: []*cli.Command{
-					ends("failed", errors.New("failed")), ends("usage", usage.Errorf("usage")),
+					ends("failed", errors.New("failed")), ends("hostile", errors.New("é\x1b[2J\u202e\r\nnext")),
+					ends("usage", usage.Errorf("usage")),
 					ends("partial", Partial(errors.New("partial"))),
 					ends("denied", &fs.PathError{Op: "open", Path: "x", Err: fs.ErrPermission}),
 					ends("full", &fs.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}),
@@ -88,6 +89,7 @@ func TestExitCodes(t *testing.T) {
 		{"ends -h failed", 0, ""}, {"help show --help", 0, ""},
 		{"shwo --help", 2, "did you mean show?"}, {"shwo it -h", 2, "did you mean show?"},
 		{"ends failed", 1, "p: failed"},
+		{"ends hostile", 1, `p: é\x1b[2J\u202e\r` + "\nnext"},
 		{"ends usage", 2, "p: usage"},
 		{"ends partial", 3, "p: partial"},
 		{"ends denied", 1, "p: open x: permission denied: this user may not; run it as the one whose file that is"},
