@@ -29,6 +29,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -303,13 +304,12 @@ func TestUnauthenticated(t *testing.T) {
 			t.Errorf("%s: %d %s", c.what, status, answer)
 		}
 		var line map[string]any
-		for range 1000 { // the client may know before the server
-			if log := f.log.take(t); len(log) > 0 {
-				line = log[0]
-				break
+		testproc.Await(t, "a line about "+c.what, func() bool { // the client may know before the server
+			for _, line = range f.log.take(t) {
+				return true
 			}
-			time.Sleep(10 * time.Millisecond)
-		}
+			return false
+		})
 		text := fmt.Sprint(line)
 		for _, want := range []string{c.cause, c.name, c.fingerprint} {
 			if !strings.Contains(text, want) {

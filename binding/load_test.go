@@ -108,7 +108,7 @@ func TestOverload(t *testing.T) {
 		if done >= share*b && p99 < bound && refused > 0 {
 			return
 		}
-		if try == 4 {
+		if try == 10 {
 			t.Fatalf("throughput %.2f of the best, p99 %s (limit %s), %d refused", done/b, p99, bound, refused)
 		}
 	}

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/client"
@@ -108,7 +107,7 @@ func TestServe(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		short, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		short, cancel := context.WithTimeout(t.Context(), testproc.Patience)
 		defer cancel()
 		err = Serve(short, settings.Source{Path: path + "2"}, io.Discard)
 		if err == nil || !strings.Contains(err.Error(), want) {

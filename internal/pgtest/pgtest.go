@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
 	"net/url"
 	"os"
 	"os/exec"
@@ -23,6 +22,7 @@ import (
 	_ "github.com/jackc/pgx/v5/stdlib" // the driver
 	"golang.org/x/sys/unix"
 
+	"github.com/kmehsm/kmehsm/internal/freeport"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -67,10 +67,8 @@ func StartIn(t testing.TB, dir string) *Server {
 // PEM files.
 func StartTLS(t testing.TB, address, certificate, key string) *Server {
 	t.Helper()
-	l := must.Get[net.Listener](t)(net.Listen("tcp", address+":0"))
 	s := initialise(t)
-	s.Port = l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	s.Port = must.Get[int](t)(freeport.On(address))
 	hba := must.Get[*os.File](t)(os.OpenFile(filepath.Join(s.dir, "pg_hba.conf"), os.O_WRONLY|os.O_APPEND, 0))
 	_, err := hba.WriteString("hostssl all,replication all all trust\n")
 	must.Do(t, errors.Join(err, hba.Close()))

@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/freeport"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -221,16 +222,11 @@ func suspend(t *testing.T, p *testproc.Process) {
 	})
 }
 
-// port is a daemon's, free a moment ago.
+// port is a daemon's.
 func (d *network) port(name string) int {
 	d.t.Helper()
 	if d.ports[name] == 0 {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			d.t.Fatal(err)
-		}
-		d.ports[name] = l.Addr().(*net.TCPAddr).Port
-		l.Close()
+		d.ports[name] = must.Get[int](d.t)(freeport.On("127.0.0.1"))
 	}
 	return d.ports[name]
 }

@@ -26,6 +26,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
+	"github.com/kmehsm/kmehsm/internal/freeport"
 	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
@@ -353,9 +354,7 @@ func (i *instance) clients(s *soak) {
 // url is where the instance listens, also when it has been away.
 func (i *instance) url(s *soak) string {
 	if i.port == 0 {
-		l := must.Get[net.Listener](s.t)(net.Listen("tcp", "127.0.0.1:0"))
-		i.port = l.Addr().(*net.TCPAddr).Port
-		l.Close()
+		i.port = must.Get[int](s.t)(freeport.On("127.0.0.1"))
 	}
 	return fmt.Sprintf("https://127.0.0.1:%d", i.port)
 }

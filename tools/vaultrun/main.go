@@ -18,11 +18,13 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"syscall"
 	"time"
 
 	"github.com/hashicorp/vault/api"
 
+	"github.com/kmehsm/kmehsm/internal/freeport"
 	"github.com/kmehsm/kmehsm/internal/version"
 )
 
@@ -81,11 +83,11 @@ func configure(o options) (path, address string, err error) {
 	if err := os.MkdirAll(filepath.Join(o.Dir, "raft"), 0o700); err != nil {
 		return "", "", err
 	}
-	listen, err := freePort(o.Listen)
+	listen, err := settled(o.Listen)
 	if err != nil {
 		return "", "", err
 	}
-	cluster, err := freePort("127.0.0.1:0")
+	cluster, err := settled("127.0.0.1:0")
 	if err != nil {
 		return "", "", err
 	}
@@ -163,14 +165,14 @@ func run(o options) error {
 	}
 }
 
-// freePort replaces the port 0 of an address by a free port.
-func freePort(listen string) (string, error) {
-	l, err := net.Listen("tcp", listen)
-	if err != nil {
-		return "", err
+// settled is an address with a port of its own in the place of port 0.
+func settled(listen string) (string, error) {
+	host, port, err := net.SplitHostPort(listen)
+	if err != nil || port != "0" {
+		return listen, err
 	}
-	defer l.Close()
-	return l.Addr().String(), nil
+	free, err := freeport.On(host)
+	return net.JoinHostPort(host, strconv.Itoa(free)), err
 }
 
 type initFile struct {
