@@ -14,7 +14,7 @@ type Store interface {
 	// Create creates an object. If there is one with the same bytes, it succeeds; with other bytes, it fails with a
 	// *ConflictError.
 	Create(ctx context.Context, path string, data []byte) error
-	// Read gives an object and its version, an opaque string for Update. It fails with ErrNotFound.
+	// Read gives an object and its version, for Update; else ErrNotFound, or a *RefusedError for what can be none.
 	Read(ctx context.Context, path string) (data []byte, version string, err error)
 	// Update replaces an object if it still has this version; an empty version means that there is no object. Otherwise
 	// it fails with ErrChanged.

@@ -250,6 +250,7 @@ func TestCreateLot(t *testing.T) {
 	}
 	exists("a lot that has its list", spec(t, "L3", 20, 10))
 	removeObject(t, dir, list)
+	removeObject(t, line.state.Dir, list) // the line's copy
 	exists("another lot of this name", spec(t, "L3", 20, 11))
 	if again, err := line.CreateLot(ctx, spec(t, "L3", 20, 10)); err != nil || !again.PublicKey().Equal(pub) {
 		t.Errorf("the interrupted lot got no list: %v", err)

@@ -1,6 +1,7 @@
 package factory
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -53,12 +54,17 @@ func TestRevocationsPutBack(t *testing.T) {
 			return errors.Join(os.Remove(filepath.Join(dir, list)), os.Remove(filepath.Join(dir, part)))
 		},
 		"the list of another lot": func() error { return put(list, filepath.Join(dir, "lots", "L2", "revocations")) },
+		"no object of ours":       func() error { return nil },
 		"no list at all":          func() error { return os.WriteFile(filepath.Join(dir, list), nil, 0o600) },
 	} {
 		if err := attack(); err != nil {
 			t.Fatal(err)
 		}
 		anew()
+		if name == "no object of ours" {
+			line.guard.Store = &foreign{Store: line.guard.Store, path: directory.RevocationsPath("L1")}
+			line.store = line.guard
+		}
 		for what, err := range map[string]error{
 			"refresh":   second(line.Refresh(ctx, "L1", 0, false)),
 			"begin":     second(line.Refresh(ctx, "L1", 0, true)),
@@ -96,6 +102,28 @@ func TestRevocationsPutBack(t *testing.T) {
 	}
 }
 
+// foreign is a store that has something else than an object at a path, until that is replaced.
+type foreign struct {
+	directory.Store
+	path string
+}
+
+func (f *foreign) Read(ctx context.Context, path string) ([]byte, string, error) {
+	jws, version, err := f.Store.Read(ctx, path)
+	if path == f.path {
+		return nil, version, &directory.RefusedError{Object: path, Reason: "it is no object of ours"}
+	}
+	return jws, version, err
+}
+
+func (f *foreign) Update(ctx context.Context, path string, jws []byte, version string) error {
+	err := f.Store.Update(ctx, path, jws, version)
+	if err == nil && path == f.path {
+		f.path = ""
+	}
+	return err
+}
+
 // What another line has published meanwhile is later than this line's copy.
 func TestTwoLinesRevoke(t *testing.T) {
 	line, _, token := newLine(t)
@@ -106,5 +134,35 @@ func TestTwoLinesRevoke(t *testing.T) {
 		if err := l.Revoke(ctx, "L1", []kme.IMEI{m.IMEI(i)}, "stolen", nil); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// deleted is a store in which an object was deleted that was published: it cannot be created.
+type deleted struct {
+	directory.Store
+	path string
+}
+
+func (d deleted) Create(ctx context.Context, path string, data []byte) error {
+	if path == d.path {
+		return errors.New("undelete it")
+	}
+	return d.Store.Create(ctx, path, data)
+}
+
+// What cannot be repaired keeps nothing else from it.
+func TestRepairGoesOn(t *testing.T) {
+	line, dir, _ := newLine(t)
+	ctx, out := t.Context(), t.TempDir()
+	must(line.CreateLot(ctx, spec(t, "L1", 0, 12)))
+	provision(t, line, out)
+	for _, n := range []int{0, 2} {
+		removeObject(t, dir, directory.ShardPath("L1", n))
+	}
+	line.store = deleted{Store: line.store, path: directory.ShardPath("L1", 0)}
+	r := must(keeping(line, out).Reconcile(ctx, "L1", out, true))
+	if r.Agreed != 1 || len(r.Differences) != 2 || r.Open() != 1 || r.Differences[0].Remedy != "undelete it" ||
+		r.Differences[0].Safe || !r.Differences[1].Repaired {
+		t.Errorf("%+v", r)
 	}
 }

@@ -118,8 +118,12 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 		if !repair || d.repair == nil {
 			continue
 		}
-		if err := d.repair(ctx); err != nil {
-			return r, fmt.Errorf("shard %d of lot %s cannot be repaired: %w", d.Shard, lot, err)
+		switch err := d.repair(ctx); {
+		case errors.Is(err, directory.ErrUnavailable) || ctx.Err() != nil:
+			return r, fmt.Errorf("%s: it cannot be repaired now: %w", d.What, err)
+		case err != nil: // the others can
+			d.Remedy, d.Safe = err.Error(), false
+			continue
 		}
 		d.Repaired = true
 	}

@@ -18,6 +18,7 @@ func TestReconcile(t *testing.T) {
 	line, dir, token := newLine(t)
 	m := must(line.CreateLot(t.Context(), spec(t, "L1", 0, 30)))
 	out := t.TempDir()
+	folder := line.state.Dir
 	line = keeping(line, out)
 	reconcile := func(t *testing.T, repair bool) *Reconciliation {
 		t.Helper()
@@ -31,6 +32,7 @@ func TestReconcile(t *testing.T) {
 		t.Errorf("before anything is made: %+v", r)
 	}
 	removeObject(t, dir, directory.RevocationsPath("L1"))
+	removeObject(t, folder, directory.RevocationsPath("L1")) // the line's copy
 	if r := reconcile(t, true); len(r.Differences) != 1 || !r.Differences[0].Repaired ||
 		must(line.Revocations(t.Context(), m)).Version != 1 {
 		t.Errorf("killed before the list was published: %+v", r)
@@ -119,8 +121,17 @@ func TestReconcile(t *testing.T) {
 		"the directory's is changed": {func() { write(shard, bytes.ToUpper(signed)) }, "is refused", false, false},
 		"the revocations are changed": {func() {
 			write(revocations, must(os.ReadFile(shard)))
+		}, "revocations is refused", true, false},
+		"the revocations are gone": {func() { remove(revocations) }, "it is not there, and the line's copy", true,
+			false},
+		"the revocations are changed, and there is no copy": {func() {
+			write(revocations, must(os.ReadFile(shard)))
+			removeObject(t, folder, directory.RevocationsPath("L1"))
 		}, "revocations is refused", false, false},
-		"the revocations are gone": {func() { remove(revocations) }, "revocations is not there", false, false},
+		"the revocations are gone, and there is no copy": {func() {
+			remove(revocations)
+			removeObject(t, folder, directory.RevocationsPath("L1"))
+		}, "revocations is not there", false, false},
 		"a file that a killed run left": {func() {
 			write(filepath.Join(out, "L1", ".injection-000002.jsonl123"), nil)
 		}, "left by a run that was killed", true, false},

@@ -73,7 +73,7 @@ func TestReissue(t *testing.T) {
 		killed.PublicKey.Fingerprint() {
 		t.Error("a package that was there was not used")
 	}
-	v, err := inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	v, err := inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L1", out, nil)
 	if err != nil || !v.OK() || v.Packages != 4 || v.Revoked != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
@@ -81,7 +81,7 @@ func TestReissue(t *testing.T) {
 		filepath.Join(out, "L1", handover.ReissueFile(imei, 2))); err != nil {
 		t.Fatal(err)
 	}
-	v, err = inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	v, err = inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L1", out, nil)
 	if err != nil || len(v.Problems) != 2 {
 		t.Errorf("%+v, %v", v, err)
 	}
@@ -94,7 +94,7 @@ func TestReissue(t *testing.T) {
 		time.Now())); err != nil {
 		t.Fatal(err)
 	}
-	v, err = inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
+	v, err = inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L1", out, nil)
 	if err != nil || len(v.Problems) != 3 ||
 		!strings.Contains(v.Problems[2], "is not the package of the published key") {
 		t.Errorf("%+v, %v", v, err)

@@ -36,7 +36,7 @@ func TestVerifyLot(t *testing.T) {
 	}
 	verify := func(t *testing.T) *inspect.Verification {
 		t.Helper()
-		v, err := inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)
+		v, err := inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L1", out, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -104,7 +104,7 @@ func TestVerifyLot(t *testing.T) {
 	})
 	t.Run("another manufacturer's key", func(t *testing.T) {
 		key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
-		if v, err := inspect.Lot(t.Context(), line.store, directory.NewVerifier(&key.PublicKey), "L1", "",
+		if v, err := inspect.Lot(t.Context(), line.guard.Store, directory.NewVerifier(&key.PublicKey), "L1", "",
 			nil); err != nil || v.OK() || v.Devices != 0 {
 			t.Errorf("%+v, %v", v, err)
 		}
@@ -112,7 +112,7 @@ func TestVerifyLot(t *testing.T) {
 	if v := verify(t); !v.OK() {
 		t.Errorf("the cases left %q", v.Problems)
 	}
-	if _, err := inspect.Lot(t.Context(), line.store, line.verifier, "L9", "", nil); !errors.Is(err,
+	if _, err := inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L9", "", nil); !errors.Is(err,
 		directory.ErrNotFound) {
 		t.Error(err)
 	}
@@ -133,7 +133,7 @@ func TestChangedWrappedKey(t *testing.T) {
 	reissued := must(line.Reissue(t.Context(), "L1", returned, "return 1", "", out))
 	verify := func(t *testing.T) []string {
 		t.Helper()
-		return must(inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
+		return must(inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L1", out, nil)).Problems
 	}
 	reconcile := func(t *testing.T) (found []string) {
 		t.Helper()
@@ -215,7 +215,7 @@ func TestChangedManifestFile(t *testing.T) {
 	path := filepath.Join(out, "L1", handover.ManifestFile)
 	was := must(os.ReadFile(path))
 	verify := func() []string {
-		return must(inspect.Lot(t.Context(), line.store, line.verifier, "L1", out, nil)).Problems
+		return must(inspect.Lot(t.Context(), line.guard.Store, line.verifier, "L1", out, nil)).Problems
 	}
 	reconcile := func(repair bool) *Reconciliation {
 		return must(keeping(line, out).Reconcile(t.Context(), "L1", out, repair))
@@ -271,12 +271,12 @@ func TestRevokedLot(t *testing.T) {
 			t.Errorf("%s: %v", what, err)
 		}
 	}
-	v := must(inspect.Lot(ctx, line.store, line.verifier, "L1", out, nil))
+	v := must(inspect.Lot(ctx, line.guard.Store, line.verifier, "L1", out, nil))
 	if !v.OK() || len(v.RevokedLots) != 1 || v.RevokedLots[0].Lot != "L1" ||
 		v.RevokedLots[0].Reason != "its key has leaked" {
 		t.Errorf("%+v", v)
 	}
-	if v = must(inspect.All(ctx, line.store, line.verifier, nil, nil)); len(v.RevokedLots) != 1 {
+	if v = must(inspect.All(ctx, line.guard.Store, line.verifier, nil, nil)); len(v.RevokedLots) != 1 {
 		t.Errorf("%+v", v)
 	}
 	if err := line.Grant(ctx, "L2", "op", nil); err == nil || !strings.Contains(err.Error(), "not enrolled") {
@@ -300,7 +300,7 @@ func TestAudit(t *testing.T) {
 	line, _, _ := newLine(t)
 	audit := func() *inspect.Verification {
 		t.Helper()
-		v, err := inspect.All(t.Context(), line.store, line.verifier, nil, nil)
+		v, err := inspect.All(t.Context(), line.guard.Store, line.verifier, nil, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

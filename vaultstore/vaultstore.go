@@ -98,7 +98,7 @@ func (s *Store) write(ctx context.Context, path string, data []byte, cas int) er
 	}
 }
 
-// Read gives the newest version.
+// Read gives the newest version. Its version is there with a *directory.RefusedError, too, for Update.
 func (s *Store) Read(ctx context.Context, path string) (data []byte, version string, err error) {
 	if err := s.checkMount(ctx); err != nil {
 		return nil, "", s.explain(err, "read", path)
@@ -112,11 +112,13 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	}
 	fields, _ := secret.Data["data"].(map[string]any)
 	metadata, _ := secret.Data["metadata"].(map[string]any)
+	version = fmt.Sprint(metadata["version"])
 	jws, ok := fields["jws"].(string)
 	if !ok || metadata["version"] == nil {
-		return nil, "", fmt.Errorf("%s is no object of ours: it has no field jws", path)
+		return nil, version, &directory.RefusedError{Object: path,
+			Reason: "it is no object of ours: it has no field jws"}
 	}
-	return []byte(jws), fmt.Sprint(metadata["version"]), nil
+	return []byte(jws), version, nil
 }
 
 // List gives the names below a path; of a folder and an object of one name, once.

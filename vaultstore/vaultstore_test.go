@@ -169,13 +169,19 @@ func TestVaultDeletedIsNotNew(t *testing.T) {
 		!strings.Contains(err.Error(), "undelete") {
 		t.Errorf("a deleted object was published anew: %v", err)
 	}
-	if _, err := client.Logical().Write("kme/data/lots/L1/foreign",
-		map[string]any{"data": map[string]any{"other": "x"}}); err != nil {
-		t.Fatal(err)
-	}
-	if _, _, err := store.Read(t.Context(), "lots/L1/foreign"); err == nil ||
-		!strings.Contains(err.Error(), "no object of ours") {
-		t.Error(err)
+	// What is no object is refused, so that who checks others goes on, and may be replaced.
+	for i, foreign := range []map[string]any{{"other": "x"}, {"jws": []string{"x"}}, {"jws": 1}, {}} {
+		path := fmt.Sprint("lots/L1/foreign", i)
+		if _, err := client.Logical().Write("kme/data/"+path, map[string]any{"data": foreign}); err != nil {
+			t.Fatal(err)
+		}
+		_, version, err := store.Read(t.Context(), path)
+		if !errors.As(err, new(*directory.RefusedError)) || !strings.Contains(err.Error(), "no object of ours") {
+			t.Error(foreign, err)
+		}
+		if err := store.Update(t.Context(), path, []byte("x"), version); err != nil {
+			t.Error(foreign, err)
+		}
 	}
 }
 

@@ -116,9 +116,13 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	case err != nil:
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
 	case !info.Mode().IsRegular():
-		return nil, "", fmt.Errorf("%s cannot be read: it is no file", path)
+		return nil, "", &directory.RefusedError{Object: path, Reason: "it is no file"}
 	}
-	if data, err = durable.ReadUpTo(file, directory.MaxObject); err != nil {
+	data, err = durable.ReadUpTo(file, directory.MaxObject)
+	switch {
+	case len(data) > directory.MaxObject: // whatever size it says that it has
+		return nil, "", &directory.RefusedError{Object: path, Reason: "it is larger than any object"}
+	case err != nil:
 		return nil, "", fmt.Errorf("%s cannot be read: %w", path, err)
 	}
 	sum := sha256.Sum256(data)

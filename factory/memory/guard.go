@@ -32,11 +32,8 @@ func NewGuard(store directory.Store, dir string, v *directory.Verifier) *Guard {
 // or not there.
 func (g *Guard) Read(ctx context.Context, path string) ([]byte, string, error) {
 	jws, version, err := g.Store.Read(ctx, path)
-	if !changes(path) || err != nil && !errors.Is(err, directory.ErrNotFound) {
-		return jws, version, err
-	}
-	if rerr := g.follow(path, jws); rerr != nil {
-		return nil, "", rerr
+	if changes(path) {
+		err = g.follow(path, jws, err)
 	}
 	return jws, version, err
 }
@@ -62,16 +59,12 @@ func (g *Guard) PutBack(ctx context.Context, lot string) error {
 		paths = append(paths, directory.RevocationPartsPath(lot)+"/"+e.Name())
 	}
 	for _, path := range append(paths, directory.RevocationsPath(lot)) {
-		have, version, err := g.Store.Read(ctx, path)
-		if err != nil && !errors.Is(err, directory.ErrNotFound) {
-			return err
-		}
-		if !errors.As(g.follow(path, have), new(*directory.RefusedError)) {
-			continue
-		}
-		kept, err := os.ReadFile(g.file(path))
-		if err == nil {
-			err = g.Store.Update(ctx, path, kept, version)
+		_, version, err := g.Read(ctx, path)
+		if refused, ok := errors.AsType[*directory.RefusedError](err); ok && refused.Rollback {
+			var kept []byte
+			if kept, err = os.ReadFile(g.file(path)); err == nil {
+				err = g.Store.Update(ctx, path, kept, version)
+			}
 		}
 		if err != nil {
 			return err
@@ -88,36 +81,49 @@ func changes(path string) bool {
 
 func (g *Guard) file(path string) string { return filepath.Join(g.dir, filepath.FromSlash(path)) }
 
-// follow keeps an object that is later than the line's copy, and refuses one that is not, unless it is the same. jws is
-// nil if there is none.
-func (g *Guard) follow(path string, jws []byte) error {
-	kept, err := os.ReadFile(g.file(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		kept, err = nil, nil
+// follow keeps an object that is later than the line's copy, and refuses one that is not, unless it is the same. err is
+// that of reading it.
+func (g *Guard) follow(path string, jws []byte, err error) error {
+	if err != nil && !errors.Is(err, directory.ErrNotFound) && !errors.As(err, new(*directory.RefusedError)) {
+		return err // it says nothing of the object
 	}
-	if err != nil || bytes.Equal(jws, kept) {
-		return err
+	kept, was, cerr := g.copy(path)
+	if cerr != nil || err == nil && bytes.Equal(jws, kept) {
+		return cerr
 	}
-	was, err := g.version(path, kept)
-	if err != nil {
-		return fmt.Errorf("the line's copy %s is damaged: bring it back from a backup of the folder: %v", g.file(path),
-			err)
-	}
-	now, err := g.version(path, jws)
-	what := "it is not there"
-	switch refused, ok := errors.AsType[*directory.RefusedError](err); {
-	case kept == nil && err != nil:
-		return err
-	case now > was:
-		return g.keep(path, jws)
-	case ok:
-		what = refused.Reason
-	case now > 0:
+	now, what := 0, "it is not there"
+	if err == nil {
+		now, err = g.version(path, jws)
 		what = fmt.Sprintf("it has version %d", now)
+	}
+	if now > was {
+		return g.keep(path, jws)
+	}
+	if was == 0 {
+		return err
+	}
+	if refused, ok := errors.AsType[*directory.RefusedError](err); ok {
+		what = refused.Reason
 	}
 	return &directory.RefusedError{Object: path, Rollback: true, Reason: fmt.Sprintf("%s, and the line's copy is "+
 		"another one, of version %d: find out who changed the directory; factory reconcile --repair publishes the "+
 		"copy", what, was)}
+}
+
+// copy is the line's copy of an object, with its version, which is 0 if there is none.
+func (g *Guard) copy(path string) (jws []byte, version int, err error) {
+	jws, err = os.ReadFile(g.file(path))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, 0, nil
+	}
+	if err == nil {
+		version, err = g.version(path, jws)
+	}
+	if err != nil { // it is no RefusedError, which is about the directory
+		err = fmt.Errorf("the line's copy %s cannot be used: bring it back from a backup of the folder: %v",
+			g.file(path), err)
+	}
+	return jws, version, err
 }
 
 func (g *Guard) keep(path string, jws []byte) error {
@@ -133,11 +139,8 @@ func (g *Guard) keep(path string, jws []byte) error {
 }
 
 // version is that of an object, which must be the one that belongs at this path: a later one of another lot is not
-// kept. It is 0 if jws is nil.
+// kept.
 func (g *Guard) version(path string, jws []byte) (version int, err error) {
-	if jws == nil {
-		return 0, nil
-	}
 	belongs := ""
 	if strings.HasSuffix(path, "/revocations") {
 		var list directory.Revocations
