@@ -63,6 +63,8 @@ type Program struct {
 
 // Main runs a program's command line and exits.
 func Main(p Program) {
+	// A core would have PINs, and all that a software token keeps in this process. Nobody is refused a lower limit.
+	syscall.Setrlimit(syscall.RLIMIT_CORE, &syscall.Rlimit{})
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	os.Exit(p.Run(ctx, os.Args))
