@@ -34,7 +34,7 @@ type Minutes struct {
 	// the split whose shares gave the security officer's PIN; null if it came from a file
 	Split  *hsmkeys.Split    `json:"so_split"`
 	Shares []int             `json:"so_shares"` // the custodians whose shares were used
-	Made   map[string]string `json:"made"`
+	Made   map[string]string `json:"made"`      // facts, by names in lower case: strict.Parse takes no others
 }
 
 // ErrNoMinutes is in an error after which the ceremony is done, but has no minutes.
@@ -159,7 +159,7 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 			return nil, nil, err
 		}
 		jws, err := s.Sign(handover.TypeEnrolment, e)
-		return jws, map[string]string{"operator": operator, "KEK": e.KEK, "transport key": e.TransportKey}, err
+		return jws, map[string]string{"operator": operator, "kek": e.KEK, "transport key": e.TransportKey}, err
 	}
 	return enroll(ctx, tokenURI, officer, operator, name, transport, generation, done)
 }
@@ -216,7 +216,7 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	if err != nil {
 		return nil, err
 	}
-	e.Made["file, SHA-256"] = fmt.Sprintf("%x", sha256.Sum256(e.File))
+	e.Made["file, sha-256"] = fmt.Sprintf("%x", sha256.Sum256(e.File))
 	e.Made["key made now"] = map[bool]string{true: "yes", false: "no, earlier"}[e.Created]
 	return e, nil
 }
