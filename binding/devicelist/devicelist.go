@@ -2,6 +2,8 @@
 package devicelist
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"encoding/csv"
 	"errors"
@@ -96,9 +98,15 @@ func New(text string, status binding.EquipmentStatus, reason string, now time.Ti
 // Read reads entries as CSV (RFC 4180) with the header equipment,status,reason. An error has the number of the first
 // wrong line.
 func Read(r io.Reader, now time.Time) (all []binding.Listing, err error) {
-	lines := csv.NewReader(r)
+	const longest = 1 << 12 // of the first line: what is no list may have no line's end for gigabytes
+	in := bufio.NewReaderSize(r, longest)
+	begin, _ := in.Peek(longest)
+	lines := csv.NewReader(in)
 	lines.FieldsPerRecord, lines.ReuseRecord = 3, true
-	head, err := lines.Read()
+	var head []string
+	if len(begin) < longest || bytes.IndexByte(begin, '\n') >= 0 {
+		head, err = lines.Read()
+	}
 	if errors.As(err, new(*fs.PathError)) {
 		return nil, err
 	}

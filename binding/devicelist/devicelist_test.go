@@ -1,7 +1,10 @@
 package devicelist
 
 import (
+	"io"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/must"
@@ -34,4 +37,27 @@ func TestOf(t *testing.T) {
 			t.Errorf("of %d entries, %q counts for %s, not %q", len(c.list), got, c.imei, c.want)
 		}
 	}
+}
+
+// What is no list may have no end of a line for gigabytes.
+func TestReadNoList(t *testing.T) {
+	zeros := &endless{}
+	if _, err := Read(zeros, time.Now()); err == nil || zeros.read > 1<<20 {
+		t.Errorf("%d bytes were read: %v", zeros.read, err)
+	}
+	all, err := Read(strings.NewReader("equipment,status,reason\n35209900,blacklisted,x\n"), time.Now())
+	if err != nil || len(all) != 1 {
+		t.Errorf("%v, %v", all, err)
+	}
+}
+
+// An endless file has zeros: 1 GB, for a reader that does not give up.
+type endless struct{ read int }
+
+func (e *endless) Read(p []byte) (int, error) {
+	if e.read > 1<<30 {
+		return 0, io.EOF
+	}
+	e.read += len(p)
+	return len(p), nil
 }

@@ -74,7 +74,7 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 	dir := "."
 	if path != "" {
 		dir = filepath.Dir(path)
-		data, err := os.ReadFile(path)
+		data, err := durable.ReadFile(path)
 		if err != nil {
 			r.Add("", fmt.Sprintf("the configuration cannot be read: %v", err), "name another with --config")
 			return c, r

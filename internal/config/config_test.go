@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"math/big"
 	"net"
@@ -135,6 +136,18 @@ func TestFind(t *testing.T) {
 	write(filepath.Join(etc, "p.yaml"), 0o644)
 	is("", filepath.Join(etc, "p.yaml"))
 	is("other", "other")
+}
+
+// What is no configuration may be larger than the machine's memory.
+func TestHugeFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Truncate(path, 1<<40)); err != nil {
+		t.Fatal(err)
+	}
+	_, r := Schema[struct{}]{}.Read(path, nil)
+	if err := r.Err(); err == nil || !strings.Contains(err.Error(), "larger than any file of ours") {
+		t.Error(err)
+	}
 }
 
 func TestNearest(t *testing.T) {

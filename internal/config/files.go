@@ -35,7 +35,7 @@ func reason(err error) error {
 
 // File reads a file of a setting; nil if it cannot. what names the file in a sentence.
 func (r *Report) File(setting, what, path string) []byte {
-	data, err := os.ReadFile(path)
+	data, err := durable.ReadFile(path)
 	if err != nil {
 		r.Add(setting, fmt.Sprintf("%s %s cannot be read: %v", what, path, reason(err)), "put it there, for this user "+
 			"to read, or name another")
@@ -323,7 +323,7 @@ func Certificates(path string) (*x509.CertPool, error) {
 
 // ReadCertificates is Certificates one by one.
 func ReadCertificates(path string) ([]*x509.Certificate, error) {
-	data, err := os.ReadFile(path)
+	data, err := durable.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("cannot be read: %w", err)
 	}

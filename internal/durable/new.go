@@ -54,7 +54,7 @@ func checkNew(path string) error {
 	return fmt.Errorf("%s is there already, with another content: name another file, or move that one away", path)
 }
 
-// ReadFile reads a file that passes between parties, with a limit on its size.
+// ReadFile reads a file that people have put there, with a limit on its size.
 func ReadFile(path string) ([]byte, error) { return ReadUpTo(path, 16<<20) }
 
 // ReadUpTo reads a file, whatever size it says that it has, with a limit on its bytes.
