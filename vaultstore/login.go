@@ -198,8 +198,8 @@ func retryPolicy(own string) func(context.Context, *http.Response, error) (bool,
 				return true, errNoActive
 			}
 			if !private(to) {
-				return false, fmt.Errorf("a redirect of Vault leads to %s://%s, which has no TLS: correct the api_addr of that "+
-					"node", to.Scheme, to.Host)
+				return false, fmt.Errorf("a redirect of Vault is to %s://%s, which has no TLS: correct the api_addr "+
+					"of that node", to.Scheme, to.Host)
 			}
 		}
 		return api.DefaultRetryPolicy(ctx, r, err)

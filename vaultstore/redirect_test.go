@@ -51,7 +51,7 @@ func TestNoActiveNode(t *testing.T) {
 	target = "http://vault.invalid"
 	left.Store(1 << 40)
 	if err := second(store.Read(t.Context(), "lots/L1/revocations")); err == nil ||
-		!strings.Contains(err.Error(), "a redirect of Vault leads to http://vault.invalid, which has no TLS") {
+		!strings.Contains(err.Error(), "a redirect of Vault is to http://vault.invalid, which has no TLS") {
 		t.Errorf("to another machine without TLS: %v", err)
 	}
 	for name, to := range map[string]string{"to itself": one.URL, "to another that redirects": other.URL} {
