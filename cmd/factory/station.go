@@ -102,6 +102,7 @@ func stationServe(c *cli.Context) error {
 		return err
 	}
 	host, _ := os.Hostname()
+	cmdline.Outlast()
 	return station.Serve(c.Context, listener, secure, station.Options{
 		State: c.String("state"), Injection: injectionDir(c, "injection"), Store: store, Verifier: verifier,
 		Timeout: c.Duration("timeout"), Log: log,

@@ -30,6 +30,7 @@ func serve(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	cmdline.Outlast()
 	return keysvcd.Serve(c.Context, from, c.App.ErrWriter)
 }
 

@@ -70,6 +70,10 @@ func Main(p Program) {
 	os.Exit(p.Run(ctx, os.Args))
 }
 
+// Outlast is for services: whoever reads the log may end first, and the service goes on without it. (Other commands end
+// when nobody reads their output any more.)
+func Outlast() { signal.Ignore(syscall.SIGPIPE) }
+
 // Run runs a command line and gives the exit code.
 func (p Program) Run(ctx context.Context, args []string) int {
 	app := p.App
