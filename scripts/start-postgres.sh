@@ -1,7 +1,8 @@
 # To be sourced, with dir set: starts a PostgreSQL, as process $postgres, on a Unix socket in the new folder $pgdata. It
 # makes the database keysvc, its owner keysvc_owner and the service's role keysvc, and logs to dir. The caller ends the
 # process by SIGQUIT, and removes the folder. The folder is not below this tree: PostgreSQL does not run as root, and
-# its user may not enter the tree. shellcheck shell=bash
+# its user may not enter the tree.
+# shellcheck shell=bash
 : "${dir:?}"
 pgbin=$(dirname "$(compgen -G '/usr/lib/postgresql/*/bin/psql' | tail -n 1 || command -v psql)")
 pgdata=$(mktemp -d /var/tmp/kmehsm-postgres-XXXXXX)
