@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -17,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/freeport"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -407,12 +410,22 @@ func TestS6aOnTheWire(t *testing.T) {
 		filter = append(filter, fmt.Sprintf("tcp port %d", p))
 		decode = append(decode, "-d", fmt.Sprintf("tcp.port==%d,diameter", p))
 	}
-	tshark := exec.Command("tshark", "-q", "-i", "lo", "-f", strings.Join(filter, " or "), "-w", capture)
-	capturing := testproc.Start(t, tshark,
-		func(p *testproc.Process) bool { return strings.Contains(p.Log.String(), "Capturing on") })
-	time.Sleep(time.Second)
+	port := must.Get[int](t)(freeport.On("127.0.0.1"))
+	filter = append(filter, fmt.Sprintf("udp port %d", port))
+	marks := must.Get[net.Conn](t)(net.Dial("udp", fmt.Sprintf("127.0.0.1:%d", port)))
+	defer marks.Close()
+	captured := func(mark string) { // and with it all that was sent before
+		testproc.Await(t, mark+" is in the capture", func() bool {
+			marks.Write([]byte(mark)) // nobody listens
+			data, _ := os.ReadFile(capture)
+			return bytes.Contains(data, []byte(mark))
+		})
+	}
+	capturing := testproc.Start(t, exec.Command("tshark", "-q", "-i", "lo", "-f", strings.Join(filter, " or "), "-w",
+		capture), nil)
+	captured("the beginning")
 	d.attach("m", true, "--count", "3")
-	time.Sleep(time.Second)
+	captured("the end")
 	capturing.Stop(syscall.SIGINT)
 	out, err := exec.Command("tshark", append(decode, "-V", "-Y", "diameter.applicationId == 16777251")...).Output()
 	if err != nil {
