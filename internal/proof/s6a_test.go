@@ -228,10 +228,14 @@ func TestS6aFaults(t *testing.T) {
 
 	bound := func(what string) {
 		t.Helper()
-		start := time.Now()
-		m.expect(what+": vectors", "AIA 4181 - -", "AIR", closed, "1", "-")
-		if took := time.Since(start); took > 2*time.Second {
-			t.Errorf("%s: an answer took %v, as long as without timeout_ms", what, took)
+		least := time.Hour // of the calls before the breaker opens, of which other work meets one or another
+		for range 2 {
+			start := time.Now()
+			m.expect(what+": vectors", "AIA 4181 - -", "AIR", closed, "1", "-")
+			least = min(least, time.Since(start))
+		}
+		if least > 2*time.Second {
+			t.Errorf("%s: an answer took %v, as long as without timeout_ms", what, least)
 		}
 		m.expect(what+": vectors that may pass", "AIA 2001 - -", "AIR", open, "1", "-")
 		m.expect(what+": resynchronisation", "AIA 4181 - -", "AIR", closed, "1", strings.Repeat("5a", 30))
