@@ -170,7 +170,7 @@ func TestRetireLot(t *testing.T) {
 	r.enroll(t, other)
 	r.take(t, other, other.newLot(t, "L1", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 1)...))
 	_, err = imports.FindLot(ctx, r.store, "L1", "")
-	checkSays(t, "a name of two lots", err, "--manufacturer")
+	checkSays(t, "a name of two lots", err, "say whose")
 	found := must[*registry.Lot](t)(imports.FindLot(ctx, r.store, "L1", m.KeyID()))
 	if found.Manufacturer != m.KeyID() {
 		t.Errorf("found %+v", found)

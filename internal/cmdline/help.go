@@ -76,7 +76,9 @@ func (p Program) complete(words []string) {
 		return
 	}
 	for _, c := range commands {
-		offer(c.Name, c.Usage)
+		if !c.Hidden {
+			offer(c.Name, c.Usage)
+		}
 	}
 	if command != nil && command.Name == "completion" {
 		for _, shell := range shells {
