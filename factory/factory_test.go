@@ -166,7 +166,7 @@ func TestFixtures(t *testing.T) {
 		if k := must(line.injection(ctx, "b")); k.HexID() != next.KeyID {
 			t.Errorf("fixture b has %s", k)
 		}
-		for name, want := range map[string]string{"": "--fixture", "c": "no fixture c"} {
+		for name, want := range map[string]string{"": "say which, of a, b", "c": "no fixture c"} {
 			if _, err := line.injection(ctx, name); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("fixture %q: %v", name, err)
 			}

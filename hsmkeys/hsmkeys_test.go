@@ -317,7 +317,7 @@ func TestLotKey(t *testing.T) {
 		t.Errorf("a second run did not find the key: %v", err)
 	}
 	if _, _, err := factory.EnsureLotKey(ctx, testLot, 3072, PrimesAuto); err == nil ||
-		!strings.Contains(err.Error(), "--bits 2048") {
+		!strings.Contains(err.Error(), "ask for 2048 bits") {
 		t.Errorf("other bits: %v", err)
 	}
 	if _, _, err := factory.EnsureLotKey(ctx, Key{Role: RoleLot, Manufacturer: manufacturer, Name: "L2"}, 2048,

@@ -170,7 +170,7 @@ func TestOpenRefuses(t *testing.T) {
 	}
 	base := "pkcs11:token=" + tok.Label + "?module-path=" + tok.Module
 	for name, c := range map[string]struct{ uri, want string }{
-		"no URI":          {"", "--token"},
+		"no URI":          {"", "name one, here or in KMEHSM_TOKEN"},
 		"no PKCS #11 URI": {"http://x", "RFC 7512"},
 		"garbage":         {"pkcs11:%zz", "RFC 7512"},
 		"no module":       {"pkcs11:token=x", "module-path"},
