@@ -42,6 +42,10 @@ func TestRevocationsPutBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	list, part := filepath.Join("lots", "L1", "revocations"), filepath.Join("lots", "L1", "revoked", "000000")
+	// A process was killed while it wrote a copy.
+	if err := os.WriteFile(filepath.Join(line.state.Dir, filepath.Dir(part), ".00000012345"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	put := func(path, from string) error {
 		return os.WriteFile(filepath.Join(dir, path), must(os.ReadFile(from)), 0o600)
 	}
@@ -133,6 +137,48 @@ func TestTwoLinesRevoke(t *testing.T) {
 	for i, l := range []*Line{other, line, other, line} {
 		if err := l.Revoke(ctx, "L1", []kme.IMEI{m.IMEI(i)}, "stolen", nil); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// during is a store in which something happens while the list of revoked devices is read: what the reader gets is of
+// before.
+type during struct {
+	directory.Store
+	path string
+	once func()
+}
+
+func (d *during) Read(ctx context.Context, path string) ([]byte, string, error) {
+	jws, version, err := d.Store.Read(ctx, path)
+	if path == d.path && d.once != nil {
+		once := d.once
+		d.once = nil
+		once()
+	}
+	return jws, version, err
+}
+
+// Two commands of one line, with one folder, revoke devices at the same time: neither takes the other's list for an
+// attack.
+func TestRevokeAtTheSameTime(t *testing.T) {
+	line, _, token := newLine(t)
+	ctx := t.Context()
+	m := must(line.CreateLot(ctx, spec(t, "L1", 0, 8)))
+	provision(t, line, t.TempDir())
+	revoke := func(l *Line, i int) error { return l.Revoke(ctx, "L1", []kme.IMEI{m.IMEI(i)}, "stolen", nil) }
+	slow := &during{Store: line.guard.Store, path: directory.RevocationsPath("L1")}
+	slow.once = func() {
+		if err := revoke(line, 0); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := revoke(must(NewLine(token, slow, line.state)), 1); err != nil {
+		t.Error(err)
+	}
+	for i := range 3 {
+		if got := must(line.reader.Device(ctx, m, m.IMEI(i))).Revoked != nil; got != (i < 2) {
+			t.Errorf("device %d: revoked is %t", i, got)
 		}
 	}
 }

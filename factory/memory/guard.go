@@ -23,7 +23,7 @@ type Guard struct {
 	verifier *directory.Verifier
 }
 
-// NewGuard guards a directory, with the copies in the line's folder dir. One process at a time may use it.
+// NewGuard guards a directory, with the copies in the line's folder dir.
 func NewGuard(store directory.Store, dir string, v *directory.Verifier) *Guard {
 	return &Guard{Store: store, dir: dir, verifier: v}
 }
@@ -31,10 +31,15 @@ func NewGuard(store directory.Store, dir string, v *directory.Verifier) *Guard {
 // Read is the store's. It refuses a list, or a part, that is earlier than the line's copy, another of the same version,
 // or not there.
 func (g *Guard) Read(ctx context.Context, path string) ([]byte, string, error) {
-	jws, version, err := g.Store.Read(ctx, path)
-	if changes(path) {
-		err = g.follow(path, jws, err)
+	if !changes(path) {
+		return g.Store.Read(ctx, path)
 	}
+	// The copy first: meanwhile, another process of the line may publish a later object, and copy that.
+	kept, kerr := os.ReadFile(g.file(path))
+	jws, version, err := g.Store.Read(ctx, path)
+	if err == nil || errors.Is(err, directory.ErrNotFound) || errors.As(err, new(*directory.RefusedError)) {
+		err = g.follow(path, kept, kerr, jws, err)
+	} // else it says nothing of the object
 	return jws, version, err
 }
 
@@ -56,7 +61,9 @@ func (g *Guard) PutBack(ctx context.Context, lot string) error {
 	}
 	var paths []string
 	for _, e := range names {
-		paths = append(paths, directory.RevocationPartsPath(lot)+"/"+e.Name())
+		if !strings.HasPrefix(e.Name(), ".") { // else a process was killed while it wrote that
+			paths = append(paths, directory.RevocationPartsPath(lot)+"/"+e.Name())
+		}
 	}
 	for _, path := range append(paths, directory.RevocationsPath(lot)) {
 		_, version, err := g.Read(ctx, path)
@@ -81,15 +88,21 @@ func changes(path string) bool {
 
 func (g *Guard) file(path string) string { return filepath.Join(g.dir, filepath.FromSlash(path)) }
 
-// follow keeps an object that is later than the line's copy, and refuses one that is not, unless it is the same. err is
-// that of reading it.
-func (g *Guard) follow(path string, jws []byte, err error) error {
-	if err != nil && !errors.Is(err, directory.ErrNotFound) && !errors.As(err, new(*directory.RefusedError)) {
-		return err // it says nothing of the object
+// follow keeps an object that is later than the line's copy, and refuses one that is not, unless it is the same. kerr
+// is the error of reading the copy, and err that of reading the object.
+func (g *Guard) follow(path string, kept []byte, kerr error, jws []byte, err error) error {
+	if kerr == nil && err == nil && bytes.Equal(jws, kept) {
+		return nil
 	}
-	kept, was, cerr := g.copy(path)
-	if cerr != nil || err == nil && bytes.Equal(jws, kept) {
-		return cerr
+	was := 0
+	if !errors.Is(kerr, fs.ErrNotExist) {
+		if kerr == nil {
+			was, kerr = g.version(path, kept)
+		}
+		if kerr != nil { // the error is no RefusedError, which is about the directory
+			return fmt.Errorf("the line's copy %s cannot be used: bring it back from a backup of the folder: %v",
+				g.file(path), kerr)
+		}
 	}
 	now, what := 0, "it is not there"
 	if err == nil {
@@ -108,22 +121,6 @@ func (g *Guard) follow(path string, jws []byte, err error) error {
 	return &directory.RefusedError{Object: path, Rollback: true, Reason: fmt.Sprintf("%s, and the line's copy is "+
 		"another one, of version %d: find out who changed the directory; factory reconcile --repair publishes the "+
 		"copy", what, was)}
-}
-
-// copy is the line's copy of an object, with its version, which is 0 if there is none.
-func (g *Guard) copy(path string) (jws []byte, version int, err error) {
-	jws, err = os.ReadFile(g.file(path))
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, nil
-	}
-	if err == nil {
-		version, err = g.version(path, jws)
-	}
-	if err != nil { // it is no RefusedError, which is about the directory
-		err = fmt.Errorf("the line's copy %s cannot be used: bring it back from a backup of the folder: %v",
-			g.file(path), err)
-	}
-	return jws, version, err
 }
 
 func (g *Guard) keep(path string, jws []byte) error {
