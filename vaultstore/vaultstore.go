@@ -98,7 +98,8 @@ func (s *Store) write(ctx context.Context, path string, data []byte, cas int) er
 	}
 }
 
-// Read gives the newest version. Its version is there with a *directory.RefusedError, too, for Update.
+// Read gives the newest version. Its version is there, for Update, also with a *directory.RefusedError, and with
+// ErrNotFound if somebody has deleted that version.
 func (s *Store) Read(ctx context.Context, path string) (data []byte, version string, err error) {
 	if err := s.checkMount(ctx); err != nil {
 		return nil, "", s.explain(err, "read", path)
@@ -107,14 +108,19 @@ func (s *Store) Read(ctx context.Context, path string) (data []byte, version str
 	if err != nil {
 		return nil, "", s.explain(err, "read", path)
 	}
-	if secret == nil || secret.Data["data"] == nil { // never written, or deleted
+	if secret == nil { // it was never written
 		return nil, "", fmt.Errorf("%s: %w", path, directory.ErrNotFound)
 	}
 	fields, _ := secret.Data["data"].(map[string]any)
 	metadata, _ := secret.Data["metadata"].(map[string]any)
-	version = fmt.Sprint(metadata["version"])
+	if metadata["version"] != nil {
+		version = fmt.Sprint(metadata["version"])
+	}
+	if secret.Data["data"] == nil { // it was deleted
+		return nil, version, fmt.Errorf("%s: %w", path, directory.ErrNotFound)
+	}
 	jws, ok := fields["jws"].(string)
-	if !ok || metadata["version"] == nil {
+	if !ok || version == "" {
 		return nil, version, &directory.RefusedError{Object: path,
 			Reason: "it is no object of ours: it has no field jws"}
 	}

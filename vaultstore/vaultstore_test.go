@@ -169,6 +169,23 @@ func TestVaultDeletedIsNotNew(t *testing.T) {
 		!strings.Contains(err.Error(), "undelete") {
 		t.Errorf("a deleted object was published anew: %v", err)
 	}
+	// A list of revoked devices is replaced where that is what is meant.
+	list := directory.RevocationsPath("L1")
+	if err := store.Update(t.Context(), list, []byte("x"), ""); err != nil {
+		t.Fatal(err)
+	}
+	for name, at := range map[string]string{"deleted": "kme/data/", "gone": "kme/metadata/"} {
+		if _, err := client.Logical().Delete(at + list); err != nil {
+			t.Fatal(err)
+		}
+		_, version, err := store.Read(t.Context(), list)
+		if !errors.Is(err, directory.ErrNotFound) {
+			t.Errorf("a list that is %s: %v", name, err)
+		}
+		if err := store.Update(t.Context(), list, []byte("y"), version); err != nil {
+			t.Errorf("a list that is %s, of version %q: %v", name, version, err)
+		}
+	}
 	// What is no object is refused, so that who checks others goes on, and may be replaced.
 	for i, foreign := range []map[string]any{{"other": "x"}, {"jws": []string{"x"}}, {"jws": 1}, {}} {
 		path := fmt.Sprint("lots/L1/foreign", i)
