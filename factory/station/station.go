@@ -351,10 +351,10 @@ func (d *Desk) Report(ctx context.Context, station, name string, imei kme.IMEI, 
 	var by string
 	var tries int
 	db := d.to("report a device")
-	// the key that the station has, whatever was issued since; else the newest
+	// the key that the station has, or had when it said the same, whatever was issued since; else the newest
 	found, err := db.One(ctx, []any{&k.issue, &was, &by, &tries}, "SELECT issue, state, station, tries FROM device "+
-		"WHERE lot = ? AND position = ? ORDER BY state = 'out' AND station = ? DESC, issue DESC LIMIT 1", name, at,
-		station)
+		"WHERE lot = ?1 AND position = ?2 ORDER BY station = ?3 AND state = 'out' DESC, "+
+		"station = ?3 AND state = ?4 DESC, issue DESC LIMIT 1", name, at, station, state)
 	switch {
 	case err != nil:
 		return err

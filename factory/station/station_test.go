@@ -365,8 +365,14 @@ func TestReissuedWhileOut(t *testing.T) {
 	if _, err := d.Next(ctx, "A", "L1"); err == nil || !strings.Contains(err.Error(), "report it failed") {
 		t.Error(err)
 	}
-	if err := d.Report(ctx, "A", "L1", imei, Failed, ""); err != nil {
-		t.Error(err)
+	for range 2 { // A did not get the first answer
+		if err := d.Report(ctx, "A", "L1", imei, Failed, ""); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := d.Report(ctx, "A", "L1", imei, Injected, ""); err == nil ||
+		!strings.Contains(err.Error(), "by station B") {
+		t.Errorf("another report about a device that another has now: %v", err)
 	}
 	if ticket, err := d.Next(ctx, "A", "L1"); err != nil || ticket.IMEI == imei {
 		t.Error(ticket, err)
