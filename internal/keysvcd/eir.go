@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -56,15 +55,11 @@ func listenEIR(cfg *settings.Config, served *live) ([]net.Listener, error) {
 }
 
 func (d *daemon) eirServer() *http.Server {
-	protocols := new(http.Protocols)
-	protocols.SetHTTP2(true)
-	return &http.Server{
-		Handler:     http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.Load().eir.ServeHTTP(w, r) }),
-		ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute,
-		IdleTimeout:    5 * time.Minute,
-		MaxHeaderBytes: 32 << 10, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
-	}
+	s := d.newServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.Load().eir.ServeHTTP(w, r) }))
+	s.Protocols = new(http.Protocols)
+	s.Protocols.SetHTTP2(true)
+	s.ReadTimeout, s.MaxHeaderBytes = 10*time.Second, 32<<10
+	return s
 }
 
 // keepRegistered keeps us registered at the NRF until ctx ends.

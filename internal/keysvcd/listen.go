@@ -114,13 +114,28 @@ func (a accepting) Accept() (net.Conn, error) {
 	return c, err
 }
 
-// run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
-// rolled back is accepted.
-func (d *daemon) run(ctx context.Context, listeners []served) error {
+// newServer makes a server that ends a request, and a connection, whose client does not read. Two minutes are above any
+// call; streams have a time of their own.
+func (d *daemon) newServer(handler http.Handler) *http.Server {
 	protocols := new(http.Protocols)
 	protocols.SetHTTP1(true)
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
+	return &http.Server{
+		Handler: handler, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
+		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute,
+		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		HTTP2: &http.HTTP2Config{
+			// Four streams that are not read leave half of their connection's buffer to its other calls.
+			MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10,
+			WriteByteTimeout: 30 * time.Second, // WriteTimeout ends a stream alone
+		},
+	}
+}
+
+// run serves until ctx ends, and then finishes the calls under way. It reloads at SIGHUP, and when a database that was
+// rolled back is accepted.
+func (d *daemon) run(ctx context.Context, listeners []served) error {
 	g, gctx := errgroup.WithContext(ctx)
 	serve := func(server *http.Server, l net.Listener) {
 		g.Go(func() error {
@@ -141,15 +156,7 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(registered) }) })
 	}
 	for _, l := range listeners {
-		server := &http.Server{
-			Handler: l.handler, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
-			ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, IdleTimeout: 5 * time.Minute,
-			// Above any call: whoever does not read an answer keeps its goroutine no longer. Streams have their own.
-			WriteTimeout: 2 * time.Minute,
-			ErrorLog:     slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
-			// Four streams that are not read leave half of their connection's buffer to its other calls.
-			HTTP2: &http.HTTP2Config{MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10},
-		}
+		server := d.newServer(l.handler)
 		servers = append(servers, server)
 		serve(server, l.Listener)
 	}
