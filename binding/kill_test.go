@@ -314,8 +314,7 @@ func killed(t *testing.T, storeName string, besides func(round int)) {
 	c.nothingIsLost(t)
 }
 
-// The primary server is killed under load, and its synchronous standby promoted, as Patroni would. The service goes on
-// with that, without a restart, and nothing that it told is lost.
+// The primary server is killed under load, and its synchronous standby promoted.
 func TestPostgresStandby(t *testing.T) {
 	primary := pgtest.Start(t)
 	standby := primary.Standby(t)
@@ -336,13 +335,30 @@ func TestPostgresStandby(t *testing.T) {
 	warned("asynchronous")
 	primary.Set(t, "synchronous_standby_names", "*")
 	warned("")
+	c.failOver(t, standby, primary.Kill, 0)
+}
+
+// The primary's host loses its power: its connections stay, and nobody answers. Each of them is not waited for anew.
+func TestPostgresStandbySilent(t *testing.T) {
+	primary := pgtest.Start(t)
+	standby := primary.Standby(t)
+	c := &crowd{world: newWorld(t, pgtest.Either(t, primary.Database(t), primary, standby)),
+		socket: filepath.Join(t.TempDir(), "s")}
+	defer primary.Thaw(t) // or it does not end
+	c.failOver(t, standby, primary.Freeze, 5*time.Second)
+}
+
+// failOver loses the primary under load, and has its standby promoted, as Patroni would. The service goes on with that,
+// without a restart, and nothing that it told is lost. It may wait so long for a primary that is silent.
+func (c *crowd) failOver(t *testing.T, standby *pgtest.Server, lose func(testing.TB), silent time.Duration) {
+	t.Helper()
 	c.start(t, c.socket)
 	stop := c.come(t)
 	mark := must[*binding.Mark](t)(c.store.Check(t.Context(), new(binding.Mark)))
 	c.mu.Lock()
 	usual := c.longest
 	c.mu.Unlock()
-	primary.Kill(t)
+	lose(t)
 	time.Sleep(200 * time.Millisecond) // calls fail meanwhile
 	promoting := time.Now()
 	standby.Promote(t)
@@ -365,11 +381,15 @@ func TestPostgresStandby(t *testing.T) {
 	t.Logf("the promotion took %v; the service is back %v after it, where a call took %v before at the longest; "+
 		"%d calls have failed that began since", promoted.Sub(promoting), took, usual, late)
 	// A machine on which a call takes longer has more time. A worker may have had a connection to the primary.
-	if took > max(3*time.Second, 20*usual) || late > workers {
+	if took > silent+max(3*time.Second, 20*usual) || late > workers {
 		t.Error("the service is not back soon after the promotion")
 	}
 	time.Sleep(200 * time.Millisecond)
 	stop()
+	testproc.Await(t, "this process goes on, too", func() bool {
+		_, err := c.store.Subscription(t.Context(), newIMSI(), time.Now())
+		return err == nil
+	})
 	c.nothingIsLost(t)
 	report := must[*sqlstore.Report](t)(c.store.Verify(t.Context(), func(int, int) {}))
 	if len(report.Damaged) > 0 {

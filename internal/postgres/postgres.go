@@ -6,16 +6,19 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"net"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/stdlib"
+	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/usage"
@@ -27,6 +30,9 @@ type DB struct {
 	hosts int // that its connection string names
 }
 
+// connections are how many a program has at most. They stay open.
+const connections = 32
+
 // Open opens the database of a connection string. Its tables are made by the role that owns them: the service's own
 // where that is so, else see Upgrade.
 func Open(ctx context.Context, name string, schema sqlconn.Schema) (*DB, error) {
@@ -34,8 +40,8 @@ func Open(ctx context.Context, name string, schema sqlconn.Schema) (*DB, error) 
 	if err != nil {
 		return nil, err
 	}
-	db.SetMaxOpenConns(32)
-	db.SetMaxIdleConns(32)
+	db.SetMaxOpenConns(connections)
+	db.SetMaxIdleConns(connections)
 	if err = db.upToDate(ctx, schema); err != nil {
 		return nil, errors.Join(fmt.Errorf("the PostgreSQL database cannot be used: %w", reached(err)), db.Close())
 	}
@@ -98,6 +104,29 @@ func parse(name string) (config *pgx.ConnConfig, hosts int, err error) {
 	return config, len(all), nil
 }
 
+// silence is how long the host of a server may be silent, also to whoever has no deadline.
+const silence = 2 * patience
+
+// dialer makes connections that end with the other end's host: TCP alone would wait for it for a quarter of an hour. A
+// server that is only slow is waited for, because its host answers.
+var dialer = net.Dialer{
+	Timeout: silence,
+	KeepAliveConfig: net.KeepAliveConfig{Enable: true, Idle: patience, Interval: time.Second,
+		Count: int(patience / time.Second)},
+	Control: func(network, _ string, conn syscall.RawConn) error {
+		if network == "unix" {
+			return nil
+		}
+		var err error
+		if outer := conn.Control(func(fd uintptr) {
+			err = unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(silence.Milliseconds()))
+		}); outer != nil {
+			return outer
+		}
+		return err
+	},
+}
+
 // connect gives the connections of a connection string.
 func connect(name string, schema sqlconn.Schema) (*DB, error) {
 	config, hosts, err := parse(name)
@@ -116,6 +145,7 @@ func connect(name string, schema sqlconn.Schema) (*DB, error) {
 	if hosts > 1 && config.ConnectTimeout == 0 {
 		config.ConnectTimeout = patience / time.Duration(1+hosts)
 	}
+	config.DialFunc = dialer.DialContext
 	return &DB{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
 		err := ready(ctx, conn, schema)
 		if err != nil {

@@ -148,10 +148,16 @@ func each(rows pgx.Rows, f func(scan func(...any) error) error) error {
 }
 
 // again repeats an operation once if its connection was lost before it had an effect: after a failover, all open
-// connections are lost.
+// connections are lost. If nobody has answered until the context's end, the idle ones are closed: where the server's
+// host is lost, each of them would be silent for as long.
 func (db *DB) again(ctx context.Context, f func() (lost bool, err error)) error {
 	for open := db.Stats().OpenConnections; ; open-- {
-		if lost, err := f(); err == nil || !lost || open <= 0 || ctx.Err() != nil {
+		lost, err := f()
+		if err != nil && ctx.Err() != nil {
+			db.SetMaxIdleConns(0)
+			db.SetMaxIdleConns(connections)
+		}
+		if err == nil || !lost || open <= 0 || ctx.Err() != nil {
 			return err
 		}
 	}
