@@ -144,7 +144,7 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 	fi
 	@cd tools/sbom && GOWORK=off go test .
 	$(MAKE) fuzz-plugin-seeds
-	@$(if $(NO_NETWORKS),echo 'NO NETWORK WAS CUT: only root can run TestS6aPostgresVaultCutOff' >&2)
+	@$(if $(NO_NETWORKS),echo 'NO NETWORK WAS CUT: only root can run the tests whose names end with CutOff' >&2)
 
 # It goes on where it ended, and says how long that will take. Results are in var/flaky.
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1
