@@ -243,12 +243,15 @@ void stream_close(struct instance *i)
 
 /*
  * Trusts the CA of this file and no other: by default, libcurl also trusts those in a folder of the system, and
- * may ask the system itself.
+ * may ask the system itself. The file is read for each connection, and not once a day.
  */
 static int trust_alone(CURL *h, const char *ca)
 {
 	CURLcode folder = curl_easy_setopt(h, CURLOPT_CAPATH, NULL);
 
+#if LIBCURL_VERSION_NUM >= 0x075700
+	curl_easy_setopt(h, CURLOPT_CA_CACHE_TIMEOUT, 0L);
+#endif
 	return (folder && folder != CURLE_NOT_BUILT_IN) || curl_easy_setopt(h, CURLOPT_SSL_OPTIONS, 0L) ||
 	       !ca || !*ca || curl_easy_setopt(h, CURLOPT_CAINFO, ca);
 }
