@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -29,6 +30,12 @@ func (m *markToken) Marks(context.Context) ([][]byte, error) {
 	defer m.mu.Unlock()
 	m.read++
 	return m.marks, nil
+}
+
+func (m *markToken) reads() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.read
 }
 
 func (m *markToken) SetMark(_ context.Context, mark []byte, _ [][]byte) error {
@@ -136,5 +143,35 @@ func TestForkedDatabase(t *testing.T) {
 	})
 	if err := note(stores[0]); err != nil {
 		t.Errorf("the database that goes on is refused, too: %v", err)
+	}
+}
+
+// A service hears that the ledger was accepted, also if it has not seen that it was rolled back: its database was away
+// until then.
+func TestAcceptedUnseen(t *testing.T) {
+	ctx, token := t.Context(), new(markToken)
+	s := must[*sqlstore.Store](t)(sqlstore.Open(ctx, sqlstore.InFolder(t.TempDir()), kme.RandomSecret()))
+	defer s.Close()
+	if err := errors.Join(s.Note(ctx, "TRIED", "s", ""), mark.Raise(ctx, s, token)); err != nil {
+		t.Fatal(err)
+	}
+	var accepted atomic.Int64
+	kept, stop := context.WithCancel(ctx)
+	defer stop()
+	go mark.Keep(kept, s, token, func() { accepted.Add(1) }, slog.New(slog.DiscardHandler))
+	testproc.Await(t, "it has begun", func() bool { return token.reads() > 3 })
+	if n := accepted.Load(); n != 0 {
+		t.Errorf("nothing was accepted, and it was told so %d times", n)
+	}
+	to := *s.Seen()
+	to.Epoch++
+	if err := mark.RaiseTo(ctx, token, &to); err != nil {
+		t.Fatal(err)
+	}
+	testproc.Await(t, "the service is told", func() bool { return accepted.Load() > 0 })
+	reads := token.reads()
+	testproc.Await(t, "it looks again", func() bool { return token.reads() > reads+2 })
+	if n := accepted.Load(); n != 1 {
+		t.Errorf("it was told %d times", n)
 	}
 }

@@ -197,7 +197,7 @@ const (
 
 // Keep is for a service: until the context ends it raises the mark soon after the ledger has grown, compares the heads
 // of its chains every second, and reads all of its entries again and again. Errors are logged. While the ledger is
-// rolled back, the Store itself refuses; accepted is called when that is over.
+// rolled back, the Store itself refuses; accepted is called when that is over, and whenever a ledger was accepted.
 func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(), log *slog.Logger) {
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
@@ -232,8 +232,12 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 				// The mark also has what other instances have seen: this one may have been given a copy of their
 				// database. Without it, what this process has seen is left to compare with.
 				mark, _ := Read(ctx, token)
-				_, err = store.Check(ctx, cmp.Or(mark, new(binding.Mark)))
-				behind = errors.Is(err, binding.ErrRolledBack)
+				mark = cmp.Or(mark, new(binding.Mark))
+				// A ledger may be accepted before this process has seen that it was rolled back.
+				if behind = mark.Epoch > store.Seen().Epoch; !behind {
+					_, err = store.Check(ctx, mark)
+					behind = errors.Is(err, binding.ErrRolledBack)
+				}
 			}
 			if behind { // by now it may be accepted, or the right database is back
 				say("raising the high-water mark", Raise(ctx, store, token))
