@@ -134,7 +134,7 @@ type output struct {
 func (o *output) Write(data []byte) (int, error) {
 	n, err := o.Writer.Write(data)
 	if err != nil {
-		err = fmt.Errorf("the output is not whole; make room for it, and run the command again: %w", err)
+		err = fmt.Errorf("the output is not whole: run the command again: %w", err)
 		o.err = err
 	}
 	return n, err
