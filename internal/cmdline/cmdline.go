@@ -19,6 +19,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/internal/config"
+	"github.com/kmehsm/kmehsm/internal/terminal"
 	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/internal/version"
 )
@@ -79,7 +80,10 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	app := p.App
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
 	out := &output{Writer: app.Writer}
-	app.Writer, app.ErrWriter = out, onScreen(app.ErrWriter)
+	if !terminal.Is(out.Writer) { // a terminal takes all
+		app.Writer = out
+	}
+	app.ErrWriter = onScreen(app.ErrWriter)
 	if s, ok := app.ErrWriter.(*screen); ok {
 		context.AfterFunc(ctx, s.end)
 	}
