@@ -129,21 +129,6 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	return exitCode(err)
 }
 
-// An output is standard output, with its first error: no command is done whose output is not whole.
-type output struct {
-	io.Writer
-	err error
-}
-
-func (o *output) Write(data []byte) (int, error) {
-	n, err := o.Writer.Write(data)
-	if err != nil {
-		err = fmt.Errorf("the output is not whole: run the command again: %w", err)
-		o.err = err
-	}
-	return n, err
-}
-
 func exitCode(err error) int {
 	if e, ok := errors.AsType[exitError](err); ok {
 		return e.code
