@@ -109,7 +109,7 @@ ROOT_ONLY := $(if $(filter-out 0,$(shell id -u)),|OpenCryptoki)
 SOFTHSM_ONLY := Wycheproof ACVP Attributes Sides UnwrapTemplates WhatLeaves Renew Pool OpenRefuses FunctionList \
 	EnrolRefuses Officer TestGivenUp$$ GivenUpHandle KWPByEitherName TestWeak TrialsOf RemoteKilled \
 	KnownRefusalsTakeAsLong Rotated ResealDamaged RememberLotKeys \
-	CallsAndDepth NetworkHSM TestLimits LeftInABusySession FullToken
+	CallsAndDepth NetworkHSM TestLimits LeftInABusySession FullToken AtAnyMoment
 empty :=
 any-of = $(subst $(empty) ,|,$(strip $(1)))
 
