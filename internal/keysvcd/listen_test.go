@@ -2,7 +2,6 @@ package keysvcd
 
 import (
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -12,9 +11,9 @@ import (
 	"sync"
 	"syscall"
 	"testing"
-	"testing/synctest"
 
 	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/internal/unread"
 )
 
 // The socket is for its own user alone, or for all, whatever the umask; and what others make in the same process at
@@ -91,74 +90,10 @@ func TestAcceptFails(t *testing.T) {
 	}
 }
 
-// A client that does not read holds neither its request nor its connection for long.
 func TestClientDoesNotRead(t *testing.T) {
-	const http2 = "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + "\x00\x00\x00\x04\x00\x00\x00\x00\x00" + // no settings
-		"\x00\x00\x06\x01\x05\x00\x00\x00\x01\x82\x86\x84\x41\x01x" // GET / of host x, RFC 7541 appendix A
-	for name, c := range map[string]struct {
-		request string
-		reads   bool // the client reads frames, and gives its stream no window; then its connection stays
-	}{
-		"HTTP/1": {"GET / HTTP/1.1\r\nHost: x\r\n\r\n", false}, "HTTP/2": {http2, false},
-		"HTTP/2, without window": {http2, true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				ended, closed := make(chan error, 1), make(chan struct{})
-				d := &daemon{live: &live{log: slog.New(slog.DiscardHandler)}}
-				server := d.newServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-					for {
-						if _, err := w.Write(make([]byte, 1<<16)); err != nil {
-							ended <- err
-							return
-						}
-					}
-				}))
-				server.ConnState = func(_ net.Conn, s http.ConnState) {
-					if s == http.StateClosed {
-						close(closed)
-					}
-				}
-				near, far := net.Pipe()
-				listener := &pipe{Conn: far, ended: make(chan struct{})}
-				var all sync.WaitGroup
-				all.Go(func() { server.Serve(listener) })
-				if _, err := io.WriteString(near, c.request); err != nil {
-					t.Error(err)
-				}
-				if c.reads {
-					all.Go(func() { io.Copy(io.Discard, near) })
-				}
-				<-ended // else every goroutine waits for ever, which synctest reports
-				if !c.reads {
-					<-closed
-				}
-				near.Close()
-				server.Close()
-				all.Wait()
-			})
-		})
-	}
+	d := &daemon{live: &live{log: slog.New(slog.DiscardHandler)}}
+	unread.Check(t, d.newServer)
 }
-
-// A pipe is a listener with one connection.
-type pipe struct {
-	net.Conn
-	once, end sync.Once
-	ended     chan struct{}
-}
-
-func (p *pipe) Accept() (c net.Conn, err error) {
-	p.once.Do(func() { c = p.Conn })
-	if c == nil {
-		<-p.ended
-		return nil, net.ErrClosed
-	}
-	return c, nil
-}
-
-func (p *pipe) Close() error   { p.end.Do(func() { close(p.ended) }); return nil }
-func (p *pipe) Addr() net.Addr { return p.LocalAddr() }
 
 // A failingListener accepts nothing a few times, as if there were too many open files.
 type failingListener struct {
