@@ -47,7 +47,7 @@ func CanMkdir(dir string) error {
 		case !Missing(err):
 			return err
 		}
-		if _, err := os.Lstat(path); err == nil {
+		if info, err := os.Lstat(path); err == nil && info.Mode().Type() == fs.ModeSymlink {
 			return fmt.Errorf("%s is a link to what is not there: mount or make that, or name another", path)
 		}
 	}

@@ -69,6 +69,23 @@ func TestMkdir(t *testing.T) {
 	}
 }
 
+// A folder that another process makes at this moment is no link.
+func TestMkdirAtOnce(t *testing.T) {
+	parent := t.TempDir()
+	for round := range 1000 {
+		dir := filepath.Join(parent, fmt.Sprint(round))
+		var all sync.WaitGroup
+		for range 8 {
+			all.Go(func() {
+				if err := Mkdir(dir, 0o700); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+	}
+}
+
 func TestLock(t *testing.T) {
 	dir := t.TempDir()
 	unlock, err := Lock(dir)
