@@ -3,7 +3,9 @@ package cmdline
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 
@@ -17,8 +19,8 @@ import (
 var Yes = &cli.BoolFlag{Name: "yes", Usage: "do not ask whether it is meant: for scripts, since nothing undoes it"}
 
 // Confirm asks before an action that cannot be undone. It prints to standard error what will be lost, and wants name
-// typed on a terminal. Without a terminal, it wants --yes. On an error, nothing may be done. If what is
-// empty, nothing is lost, and it asks nothing.
+// typed on standard input, or --yes. On an error, nothing may be done. If what is empty, nothing is lost, and it asks
+// nothing.
 func Confirm(c *cli.Context, what, name string) error {
 	if what == "" {
 		return nil
@@ -27,20 +29,21 @@ func Confirm(c *cli.Context, what, name string) error {
 	if c.Bool(Yes.Name) {
 		return nil
 	}
-	if !terminal.Is(os.Stdin) || !terminal.Is(c.App.ErrWriter) {
-		return usage.Errorf("nothing was changed: this cannot be undone, and nobody sits at a terminal to be asked; "+
-			"if it is meant, run the same command with --%s", Yes.Name)
-	}
 	fmt.Fprintf(c.App.ErrWriter, "This cannot be undone. Type %s to go on: ", name)
 	typed, err := readLine(c.Context)
-	if err != nil {
+	if err != nil || !terminal.Is(os.Stdin) { // no Enter ended the line
 		fmt.Fprintln(c.App.ErrWriter)
-		return fmt.Errorf("nothing was changed: %w", err)
 	}
-	if typed != name {
+	switch {
+	case typed == name:
+		return nil
+	case typed != "" || err == nil:
 		return fmt.Errorf("nothing was changed: what was typed is not %s", name)
+	case errors.Is(err, io.EOF):
+		return usage.Errorf("nothing was changed: nobody typed %s; if it is meant, run the same command with --%s",
+			name, Yes.Name)
 	}
-	return nil
+	return fmt.Errorf("nothing was changed: %w", err)
 }
 
 // readLine reads a line from standard input. It ends with the context, which Ctrl-C ends.
