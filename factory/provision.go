@@ -107,6 +107,9 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 	if err := l.writeManifest(ctx, lot, dir); err != nil {
 		return Progress{}, err
 	}
+	if err := l.state.linkPackages(lot, dir); err != nil {
+		return Progress{}, fmt.Errorf("the link to the injection packages cannot be made: %w", err)
+	}
 	j, err := l.state.journal(ctx, l.Manufacturer())
 	if err != nil {
 		return Progress{}, err

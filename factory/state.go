@@ -31,6 +31,29 @@ func (s State) PublicKey() string { return s.path("manufacturer.pem") }
 // Injection is the default folder of the injection packages.
 func (s State) Injection() string { return s.path("injection") }
 
+// linkPackages makes a link to the folder of a lot's injection packages where they are by default, so that other
+// commands find them there. What is there already stays, but for a link that leads nowhere.
+func (s State) linkPackages(lot, dir string) error {
+	link := filepath.Join(s.Injection(), lot)
+	if _, err := os.Stat(link); err == nil {
+		return nil
+	}
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return err
+	}
+	if err := durable.MkdirAll(s.Injection(), 0o700); err != nil {
+		return err
+	}
+	if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.Symlink(dir, link); err != nil {
+		return err
+	}
+	return durable.SyncDir(s.Injection())
+}
+
 // Check fails unless factory init has made the folder for this token.
 func (s State) Check(token Token) error {
 	if _, err := os.Stat(s.path(auditlog.File)); errors.Is(err, fs.ErrNotExist) {

@@ -24,7 +24,8 @@ var (
 var configuration = &cmdline.Config{Program: "factory",
 	Defaults: func(path string) (any, *config.Report) { return factoryconf.Read(path, nil) }}
 
-func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
+func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration,
+	Common: lineFlags()}) }
 
 func app() *cli.App {
 	return &cli.App{
@@ -34,7 +35,9 @@ func app() *cli.App {
 for every manufacturing lot:    factory lot create; lot provision; lot grant; and lot seal, when nobody gets it any more
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token or folder that does not exist or is the wrong
-one; 3 partly done, run the same command again to continue.`,
+one; 3 partly done, run the same command again to continue.
+
+A script may give --token, --state, --directory and --json to each command: one that has no use for them ignores them.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		DisableSliceFlagSeparator: true, // a name may have a comma
 		Commands: []*cli.Command{

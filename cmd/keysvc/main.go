@@ -23,7 +23,8 @@ var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
 var configuration = &cmdline.Config{Program: "keysvc",
 	Defaults: func(path string) (any, *config.Report) { return settings.ReadDefaults(settings.Source{Path: path}) }}
 
-func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration}) }
+func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration,
+	Common: storeFlags(cmdline.DirectoryFlags()...)}) }
 
 func app() *cli.App {
 	return &cli.App{
@@ -35,7 +36,9 @@ for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token, folder or store that does not exist or is
-the wrong one.`,
+the wrong one.
+
+A script may give --token, --state, --directory and --json to each command: one that has no use for them ignores them.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
 		Commands: []*cli.Command{
 			{

@@ -48,7 +48,7 @@ type saidError struct{ error }
 
 func (e saidError) Unwrap() error { return e.error }
 
-// The common flags. Each command has those that it needs.
+// Common flags.
 var (
 	Token = &cli.StringFlag{Name: "token", EnvVars: []string{"KMEHSM_TOKEN"}, Category: Configured,
 		Usage: "the token, as an RFC 7512 `URI` with module-path and pin-source"}
@@ -60,6 +60,7 @@ type Program struct {
 	*cli.App
 	Examples map[string]string // of each command that does something: lines to type, by its name
 	Config   *Config           // nil if the program has no configuration
+	Common   []cli.Flag        // a script may give these to each command: one that has no use for them ignores them
 }
 
 // Main runs a program's command line and exits.
@@ -78,6 +79,7 @@ func Outlast() { signal.Ignore(syscall.SIGPIPE) }
 // Run runs a command line and gives the exit code.
 func (p Program) Run(ctx context.Context, args []string) int {
 	app := p.App
+	p.addCommon(app.Commands)
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
 	out := &output{Writer: app.Writer}
 	if !terminal.Is(out.Writer) { // a terminal takes all
@@ -123,7 +125,7 @@ func (p Program) Run(ctx context.Context, args []string) int {
 		text += ": make room on its disk, and run this again"
 	}
 	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, visible(text))
-	if slices.Contains(args, "--json") && !errors.As(err, new(saidError)) {
+	if asked := slices.Contains(args, "--json") || slices.Contains(args, "--json=true"); asked && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})
 	}
 	return exitCode(err)
@@ -304,6 +306,25 @@ func (p Program) prepare(parent string, commands []*cli.Command) {
 				return usage.Errorf("%s takes %s; see %s --help", name, describeArgs(want), name)
 			}
 			return action(c)
+		}
+	}
+}
+
+// addCommon adds the common flags that a command does not have. They are in no help.
+func (p Program) addCommon(commands []*cli.Command) {
+	for _, c := range commands {
+		p.addCommon(c.Subcommands)
+		have := flagNames(c)
+		c.Flags = slices.Clone(c.Flags)
+		for _, f := range p.Common {
+			name := f.Names()[0]
+			if _, isBool := f.(*cli.BoolFlag); slices.Contains(have, name) {
+				continue
+			} else if isBool {
+				c.Flags = append(c.Flags, &cli.BoolFlag{Name: name, Hidden: true})
+			} else {
+				c.Flags = append(c.Flags, &cli.StringFlag{Name: name, Hidden: true})
+			}
 		}
 	}
 }

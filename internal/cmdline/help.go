@@ -70,7 +70,9 @@ func (p Program) complete(words []string) {
 	}
 	if strings.HasPrefix(last, "-") {
 		for _, f := range flags {
-			offer("--"+f.Names()[0], usageOf(f))
+			if v, ok := f.(cli.VisibleFlag); ok && v.IsVisible() {
+				offer("--"+f.Names()[0], usageOf(f))
+			}
 		}
 		offer("--help", "show help")
 		return

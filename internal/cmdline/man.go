@@ -46,7 +46,7 @@ func (p Program) manCommands(page *strings.Builder, parent string, commands []*c
 		if c.Description != "" {
 			page.WriteString(".PP\n" + roffText(c.Description))
 		}
-		for _, f := range c.Flags {
+		for _, f := range c.VisibleFlags() {
 			d, ok := f.(cli.DocGenerationFlag)
 			if !ok || f.Names()[0] == "help" {
 				continue

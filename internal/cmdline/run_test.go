@@ -68,6 +68,7 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 					})
 				}},
 			}},
+		Common: []cli.Flag{&cli.StringFlag{Name: "common"}, &cli.BoolFlag{Name: "switch"}, JSON},
 		Config: &Config{Program: "p", Defaults: func(path string) (any, *config.Report) {
 			return config.Schema[settings]{See: "p show"}.Read(path, nil)
 		}},
@@ -111,6 +112,8 @@ func TestExitCodes(t *testing.T) {
 		{"show --own x --count 1 --own=y", 2, "p: --own is there twice, with two values: give it once"},
 		{"show --own x --own x --name a --name b --json --json", 0, ""},
 		{"show x", 2, "takes no arguments"},
+		{"show --common x --switch --json", 0, ""}, {"list --common=x x --common x", 0, ""},
+		{"--switch ends failed --json --common x", 1, "p: failed"}, {"completion --common x bash", 2, "no flag --common"},
 		{"completion tcsh", 2, "bash, zsh and fish"},
 		{"show --config none.yaml", 2, "none.yaml: the configuration cannot be read"},
 	} {
@@ -155,12 +158,30 @@ func TestOutputNotWhole(t *testing.T) {
 	}
 }
 
+// An error is in the document that --json asks for, also of a command that prints none.
+func TestErrorAsJSON(t *testing.T) {
+	for _, args := range []string{"ends failed --json", "ends failed --json=true", "--json ends failed"} {
+		if _, stdout, _ := run(t, strings.Fields(args)...); stdout != `{"error":"failed","ok":false}`+"\n" {
+			t.Errorf("p %s: %s", args, stdout)
+		}
+	}
+}
+
+// A flag that a command ignores is in no list of its flags.
+func TestCommonFlagsAreHidden(t *testing.T) {
+	for _, args := range [][]string{{"man"}, {"--complete", "list", "-"}} {
+		if _, stdout, _ := run(t, args...); strings.Contains(stdout, "common") || !strings.Contains(stdout, "json") {
+			t.Errorf("p %s: %s", args, stdout)
+		}
+	}
+}
+
 // A paragraph is filled, whatever the lines of the source are. Lists and examples stay as they are. A flag without a
 // default says nothing of one.
 func TestHelpIsFilled(t *testing.T) {
 	_, help, _ := run(t, "show", "--help")
 	if !strings.Contains(help, "   One two.\n\n   first   1\n   second  2\n     an example\n") ||
-		strings.Contains(help, "default: 0") || strings.Contains(help, "default: false") ||
+		strings.Contains(help, "--common") || strings.Contains(help, "default: 0") || strings.Contains(help, "default: false") ||
 		!strings.Contains(help, `(default: "var")`) {
 		t.Error(help)
 	}
