@@ -24,8 +24,10 @@ var (
 var configuration = &cmdline.Config{Program: "factory",
 	Defaults: func(path string) (any, *config.Report) { return factoryconf.Read(path, nil) }}
 
-func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration,
-	Common: lineFlags()}) }
+func main() {
+	cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration,
+		Common: lineFlags()})
+}
 
 func app() *cli.App {
 	return &cli.App{

@@ -23,8 +23,10 @@ var acceptFlag = &cli.BoolFlag{Name: "accept-weak-token",
 var configuration = &cmdline.Config{Program: "keysvc",
 	Defaults: func(path string) (any, *config.Report) { return settings.ReadDefaults(settings.Source{Path: path}) }}
 
-func main() { cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration,
-	Common: storeFlags(cmdline.DirectoryFlags()...)}) }
+func main() {
+	cmdline.Main(cmdline.Program{App: app(), Examples: examples, Config: configuration,
+		Common: storeFlags(cmdline.DirectoryFlags()...)})
+}
 
 func app() *cli.App {
 	return &cli.App{
