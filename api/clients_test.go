@@ -383,8 +383,14 @@ func TestLongRequests(t *testing.T) {
 		r.Header.Set("Content-Type", "application/json")
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, r)
-		if !strings.Contains(w.Body.String(), "resource_exhausted") {
+		if w.Code != http.StatusBadRequest || w.Header().Get("Kme-Reason") != "MALFORMED" {
 			t.Errorf("%s: %d %s", call, w.Code, w.Body)
+		}
+		r.ContentLength, r.Body = -1, io.NopCloser(strings.NewReader(`{`+strings.Repeat(" ", maxRequest)+`}`))
+		w = httptest.NewRecorder()
+		handler.ServeHTTP(w, r)
+		if !strings.Contains(w.Body.String(), "resource_exhausted") {
+			t.Errorf("%s, of a length that is not known: %d %s", call, w.Code, w.Body)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"path"
 	"time"
@@ -11,6 +12,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
+	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
@@ -106,6 +108,12 @@ func (g *guard) known(next http.Handler, open string) http.Handler {
 				stranger(r.Context(), g.service, r.URL.Path)
 				return g.deny(w, r, notAllowed())
 			}
+			if r.ContentLength > maxRequest && r.URL.Path != kmev1connect.KeyServiceStreamProcedure {
+				refusal := &binding.Refusal{Reason: kme.Malformed,
+					Message: fmt.Sprintf("a request has at most %d bytes; this has %d", maxRequest, r.ContentLength)}
+				g.service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
+				return g.deny(w, r, refusal)
+			}
 			next.ServeHTTP(w, r)
 			return nil
 		}()
@@ -118,13 +126,17 @@ func (g *guard) known(next http.Handler, open string) http.Handler {
 
 // deny refuses a request in the caller's protocol.
 func (g *guard) deny(w http.ResponseWriter, r *http.Request, refusal *binding.Refusal) error {
-	told, code := toConnect(refusal), http.StatusForbidden
+	told := toConnect(refusal)
 	setReason(w.Header(), told)
 	if r.Method == http.MethodPost && g.errors != nil && g.errors.IsSupported(r) {
 		return g.errors.Write(w, r, told)
 	}
-	if refusal.Reason == kme.Overloaded {
+	code := http.StatusForbidden
+	switch refusal.Reason {
+	case kme.Overloaded:
 		code = http.StatusTooManyRequests
+	case kme.Malformed:
+		code = http.StatusBadRequest
 	}
 	http.Error(w, refusal.Message, code)
 	return nil

@@ -223,7 +223,7 @@ func TestJSON(t *testing.T) {
 			http.StatusBadRequest, "invalid_argument", ""},
 		{"above the limit", "EstablishKME",
 			`{"imsi":"001010000000002","imei":"35209900000001","attempt_id":"a","payload":"` + long + `"}`,
-			http.StatusTooManyRequests, "resource_exhausted", ""},
+			http.StatusBadRequest, "invalid_argument", "MALFORMED"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			resp, err := s.Client().Post(s.URL+service+c.method, "application/json", strings.NewReader(c.body))
