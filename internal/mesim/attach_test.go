@@ -1,6 +1,7 @@
 package mesim
 
 import (
+	"encoding/json"
 	"context"
 	"errors"
 	"fmt"
@@ -108,8 +109,13 @@ func TestLoad(t *testing.T) {
 	}
 	run.FirstIMSI = must[kme.IMSI](t)(kme.ParseIMSI("001019000000000"))
 	o.devices = newLine(t, 2).devices
-	if result, err := run.Load(t.Context(), time.Second, 1); err == nil || result != nil {
-		t.Errorf("the bindings that are processed are not there: %+v, %v", result, err)
+	result, err = run.Load(t.Context(), time.Second, 1)
+	if err == nil || result == nil || result.Establish.Rejected[string(kme.KMERejected)] != 1 ||
+		result.Process.Calls != 0 {
+		t.Errorf("every payload is rejected: %+v, %v", result, err)
+	}
+	if _, err := json.Marshal(result); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"syscall"
 	"time"
 
@@ -31,7 +32,7 @@ type Measure struct {
 }
 
 func (m *Measure) finish() {
-	if m.Seconds > 0 {
+	if len(m.times) > 0 {
 		m.PerSecond = float64(len(m.times)) / m.Seconds
 		m.ClientCPU = float64(m.cpu.Microseconds()) / float64(len(m.times))
 	}
@@ -50,6 +51,7 @@ type LoadResult struct {
 type loadCall struct {
 	imsi    kme.IMSI
 	attempt string
+	bound   bool // it was accepted
 	device  *Device
 	*Message
 }
@@ -145,11 +147,13 @@ func (l *loading) round(
 		if err == nil {
 			err = c.check(e.NWSig)
 		}
+		c.bound = err == nil
 		return err
 	})
 	if err != nil {
 		return err
 	}
+	calls = slices.DeleteFunc(calls, func(c *loadCall) bool { return !c.bound })
 	_, err = l.each(ctx, &result.Process, calls, 0, math.MaxInt64, func(c *loadCall) error {
 		v, err := l.Client.PrepareVector(ctx, c.imsi, l.Origin, random)
 		if err == nil {
