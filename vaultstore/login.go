@@ -112,9 +112,16 @@ func CheckEnvironment() error {
 
 // fromEnvironment makes a client without a login.
 func fromEnvironment() (*api.Client, error) {
+	if err := checkClosed("the key of the client's certificate", os.Getenv(api.EnvVaultClientKey)); err != nil {
+		return nil, environment(err)
+	}
 	config := api.DefaultConfig()
 	if config.Error != nil {
 		return nil, environment(config.Error)
+	}
+	if config.HttpClient.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify {
+		return nil, environment(errors.New("with VAULT_SKIP_VERIFY, anybody on the way could pose as Vault and have " +
+			"the login: unset it, and name Vault's CA with VAULT_CACERT"))
 	}
 	config.MaxRetries = 5
 	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
@@ -141,6 +148,16 @@ func fromEnvironment() (*api.Client, error) {
 func private(to *url.URL) bool {
 	ip := net.ParseIP(to.Hostname())
 	return to.Scheme == "https" || to.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+}
+
+// checkClosed refuses a secret's file that every user of the machine may read. It is no error if there is none.
+func checkClosed(what, path string) error {
+	info, err := os.Stat(path)
+	if err != nil || info.Mode().Perm()&0o007 == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s, %s, is open to every user of the machine (mode %04o): chmod 0600 it, and replace it if "+
+		"others had access", what, path, info.Mode().Perm())
 }
 
 // environment makes an error about the environment for Vault.
@@ -280,6 +297,9 @@ func (s *session) ownToken(ctx context.Context) (*api.Secret, error) {
 func (s *session) readSecretID(ctx context.Context) (string, error) {
 	if s.secretID != "" && s.login.Wrapped {
 		return s.secretID, nil
+	}
+	if err := checkClosed("the AppRole's secret id", s.login.SecretIDFile); err != nil {
+		return "", settings{error: err}
 	}
 	b, err := os.ReadFile(s.login.SecretIDFile)
 	if err != nil {

@@ -159,7 +159,8 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 		Help: "or software, if the doctor says that the token cannot validate KME_SIG",
 		Rule: "token or software", OK: func(c *Config) bool { return c.Verify == "token" || c.Verify == "software" }},
 	{Name: "hsm_timeout", Default: "5s", Help: "a call that hangs in the token's module is given up after this time",
-		Rule: "a time above zero, such as 5s", OK: func(c *Config) bool { return c.HSMTimeout > 0 }},
+		Rule: "a time above zero and up to 1m, such as 5s",
+		OK:   func(c *Config) bool { return c.HSMTimeout > 0 && c.HSMTimeout <= time.Minute }},
 	{Name: "drain_delay", Default: "10s",
 		Help: `how long calls are served after SIGTERM, while /readyz and gRPC health say no. keysvc does not wait if
 			nobody has asked either for as long`,
