@@ -18,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
 // A caller is who has sent a request. Its Actor is in the context, too.
@@ -67,7 +68,7 @@ func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
 			// a peer that is gone or slow was not refused
 			return
 		}
-		why, attrs, actor := "handshake", []any{"cause", err.Error()}, binding.Actor{Address: c.RemoteAddr().String()}
+		why, attrs, actor := "handshake", []any{"cause", strict.Short(err.Error())}, binding.Actor{Address: c.RemoteAddr().String()}
 		var unverified *tls.CertificateVerificationError
 		if errors.As(err, &unverified) && len(unverified.UnverifiedCertificates) > 0 {
 			shown := unverified.UnverifiedCertificates[0]
@@ -116,21 +117,28 @@ func fingerprint(c *x509.Certificate) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// maxNames is how many names of a certificate the log has. One that nobody vouches for may have thousands.
+const maxNames = 8
+
 // describe gives a certificate's names, for the log. Its fingerprint is in the Actor.
 func describe(c *x509.Certificate) []any {
 	names := append([]string(nil), c.DNSNames...)
 	for _, uri := range c.URIs {
 		names = append(names, uri.String())
 	}
-	return []any{"subject", c.Subject.String(), "names", names, "not_after", c.NotAfter}
+	names = names[:min(len(names), maxNames)]
+	for i := range names {
+		names[i] = strict.Short(names[i])
+	}
+	return []any{"subject", strict.Short(c.Subject.String()), "names", names, "not_after", c.NotAfter}
 }
 
 // callOf names a request in the log: a call by its method, as in metrics; else the path.
 func callOf(path string) []any {
 	if method, ok := strings.CutPrefix(path, "/"+kmev1connect.KeyServiceName+"/"); ok {
-		return []any{"call", method}
+		return []any{"call", strict.Short(method)}
 	}
-	return []any{"path", path}
+	return []any{"path", strict.Short(path)}
 }
 
 // stranger logs and counts an unknown caller, and its request.

@@ -19,6 +19,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -362,6 +363,36 @@ func TestUnauthenticatedFlood(t *testing.T) {
 	}
 	if told+left != flood || told > flood/2 || told == 0 || counted(t, f.registry, "user") != float64(flood) {
 		t.Errorf("of %d, %d lines, %d left out, %v counted", flood, told, left, counted(t, f.registry, "user"))
+	}
+}
+
+// Nobody fills the log with long names and paths, be it a stranger or a client.
+func TestLinesAreShort(t *testing.T) {
+	f := newFront(t, Client{Name: "hss-1", SAN: "hss.example", Roles: []Role{RoleHSS}, PLMNs: []string{all}})
+	later, long := time.Now().Add(time.Hour), strings.Repeat("x", 20_000)
+	named := func(names ...string) []tls.Certificate {
+		key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+		c := newAuthority(t).issue(t, &x509.Certificate{SerialNumber: big.NewInt(2), NotAfter: later, DNSNames: names,
+			Subject: pkix.Name{CommonName: names[0]}}, &key.PublicKey)
+		return []tls.Certificate{{Certificate: [][]byte{c.Raw}, PrivateKey: key, Leaf: c}}
+	}
+	hss := []tls.Certificate{f.ca.client(t, "hss.example", later)}
+	for what, c := range map[string]struct {
+		certificates []tls.Certificate
+		method       string
+	}{
+		"a path":                       {nil, "../" + long},
+		"a method":                     {nil, long},
+		"a certificate of a long name": {named(long), "GetBinding"},
+		"a certificate of many names":  {named(slices.Repeat([]string{"name.example"}, 2000)...), "GetBinding"},
+		"a client's path":              {hss, "../grpc.reflection.v1.ServerReflection/" + long},
+	} {
+		f.call(t, c.certificates, c.method, "{}")
+		var log []map[string]any
+		testproc.Await(t, "a line about "+what, func() bool { log = f.log.take(t); return len(log) > 0 })
+		if n := len(fmt.Sprint(log)); n > 2000 {
+			t.Errorf("%s: the log has %d bytes", what, n)
+		}
 	}
 }
 

@@ -144,7 +144,8 @@ func newServer(handler http.Handler, config *tls.Config, log *log.Logger) *http.
 	return &http.Server{
 		Handler: handler, TLSConfig: config, ErrorLog: log, ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute, IdleTimeout: 5 * time.Minute,
-		HTTP2: &http.HTTP2Config{WriteByteTimeout: 30 * time.Second}, // WriteTimeout ends a stream alone
+		MaxHeaderBytes: 32 << 10,
+		HTTP2:          &http.HTTP2Config{WriteByteTimeout: 30 * time.Second}, // WriteTimeout ends a stream alone
 	}
 }
 
@@ -153,7 +154,7 @@ func newServer(handler http.Handler, config *tls.Config, log *log.Logger) *http.
 type handshakes struct{ *Desk }
 
 func (h handshakes) Write(line []byte) (int, error) {
-	h.refused(0, "reason", strings.TrimSpace(string(line)))
+	h.refused(0, "reason", strict.Short(strings.TrimSpace(string(line))))
 	return len(line), nil
 }
 
@@ -176,7 +177,7 @@ type badRequest struct{ error }
 
 // refuse answers a request with an error, and logs it.
 func (d *Desk) refuse(w http.ResponseWriter, r *http.Request, station string, code int, reason string, more ...any) {
-	d.refused(code, append([]any{"method", r.Method, "path", r.URL.Path, "station", station, "address", r.RemoteAddr,
+	d.refused(code, append([]any{"method", r.Method, "path", strict.Short(r.URL.Path), "station", station, "address", r.RemoteAddr,
 		"reason", reason}, more...)...)
 	answer(w, code, map[string]string{"error": reason})
 }

@@ -287,7 +287,11 @@ func TestRefusalsAreSeen(t *testing.T) {
 		h.ServeHTTP(w, httptest.NewRequest(method, path, nil))
 		return w.Code, w.Body.String()
 	}
-	for range 30 {
+	ask("POST", "/v1/lots/"+strings.Repeat("x", 20_000)+"/next")
+	if log.Len() > 2000 {
+		t.Errorf("a line has %d bytes", log.Len())
+	}
+	for range 29 {
 		if code, _ := ask("POST", "/v1/lots/L1/next"); code != http.StatusForbidden {
 			t.Fatal(code)
 		}

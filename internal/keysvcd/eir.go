@@ -58,7 +58,7 @@ func (d *daemon) eirServer() *http.Server {
 	s := d.newServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.Load().eir.ServeHTTP(w, r) }))
 	s.Protocols = new(http.Protocols)
 	s.Protocols.SetHTTP2(true)
-	s.ReadTimeout, s.MaxHeaderBytes = 10*time.Second, 32<<10
+	s.ReadTimeout = 10 * time.Second
 	return s
 }
 

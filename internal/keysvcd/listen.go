@@ -123,8 +123,9 @@ func (d *daemon) newServer(handler http.Handler) *http.Server {
 	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
 	return &http.Server{
 		Handler: handler, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: 2 * time.Minute,
-		IdleTimeout: 5 * time.Minute, ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
+		MaxHeaderBytes: 32 << 10, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		WriteTimeout: 2 * time.Minute, IdleTimeout: 5 * time.Minute,
+		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 		HTTP2: &http.HTTP2Config{
 			// Four streams that are not read leave half of their connection's buffer to its other calls.
 			MaxReceiveBufferPerConnection: 1 << 20, MaxReceiveBufferPerStream: 128 << 10,

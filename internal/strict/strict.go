@@ -1,5 +1,5 @@
-// Package strict reads input of others: JSON that has one meaning, base64url in the form of JOSE, and a reason of one
-// line.
+// Package strict reads input of others: JSON that has one meaning, base64url in the form of JOSE, a reason of one line,
+// and a text that is short enough for a log.
 package strict
 
 import (
@@ -87,6 +87,15 @@ func Reason(reason string) (string, error) {
 		return "", errors.New("the reason has 1 to 200 bytes of text, in one line")
 	}
 	return reason, nil
+}
+
+// Short gives as much of a text as a line of a log shows: so nobody whose calls are refused fills a disk with them.
+func Short(text string) string {
+	const most = 256
+	if len(text) <= most {
+		return text
+	}
+	return strings.ToValidUTF8(text[:most], "") + "..."
 }
 
 // Hidden says whether a character has no sign of its own, but makes others appear elsewhere: in another line, over
