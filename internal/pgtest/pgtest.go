@@ -281,7 +281,15 @@ func (s *Server) Named(t testing.TB, name string) string {
 }
 
 // Freeze stops the server where it is: connections stay, and nobody answers. Thaw has it go on.
-func (s *Server) Freeze(t testing.TB) { s.signal(t, syscall.SIGSTOP) }
+func (s *Server) Freeze(t testing.TB) {
+	t.Helper()
+	s.signal(t, syscall.SIGSTOP)
+	testproc.Await(t, "the server is stopped, and starts no process for a connection", func() bool {
+		state, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.process.Cmd.Process.Pid))
+		return err == nil && bytes.Contains(state, []byte(") T "))
+	})
+	s.signal(t, syscall.SIGSTOP) // to those that it had started meanwhile
+}
 
 // Thaw is described at Freeze.
 func (s *Server) Thaw(t testing.TB) { s.signal(t, syscall.SIGCONT) }
@@ -382,8 +390,11 @@ func (s *Server) Set(t testing.TB, setting, value string) {
 		err := db.QueryRowContext(t.Context(), "SELECT current_setting($1)", setting).Scan(&now)
 		return err == nil && now == value
 	})
-	s.signal(t, syscall.SIGHUP)        // the server's own may come to a connection later than that
-	time.Sleep(100 * time.Millisecond) // the checkpointer tells commits which standbys there are
+	s.signal(t, syscall.SIGHUP) // the server's own may come to a connection later than that
+	// The checkpointer tells commits which standbys there are. It reads its settings before each of its rounds, and the
+	// first of these checkpoints may be in a round that has begun before the signal.
+	s.Exec(t, "CHECKPOINT")
+	s.Exec(t, "CHECKPOINT")
 }
 
 // Promote makes a standby the server that takes changes. It waits until it does.

@@ -106,15 +106,15 @@ func guard() (code int, err error) {
 func endAll(patience time.Duration) (ended []string) {
 	asked := map[int]bool{}
 	for begin := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		var err error
 		for pid := 1; pid > 0; {
-			pid, _ = syscall.Wait4(-1, nil, syscall.WNOHANG, nil)
+			pid, err = syscall.Wait4(-1, nil, syscall.WNOHANG, nil)
 		}
-		children := children()
-		if len(children) == 0 {
+		if err == syscall.ECHILD { // children may miss one while another ends (proc(5))
 			return ended
 		}
 		late := time.Since(begin) - patience
-		for pid, name := range children {
+		for pid, name := range children() {
 			switch {
 			case late > 10*time.Second:
 				syscall.Kill(pid, syscall.SIGKILL)

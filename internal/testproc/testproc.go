@@ -60,8 +60,12 @@ func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patie
 			t.Logf("the end of the log of %s:\n%s", name, log[max(0, len(log)-16000):])
 		}
 	})
-	for deadline := time.Now().Add(patience); ready != nil && !ready(p); time.Sleep(10 * time.Millisecond) {
-		if p.Ended() {
+	for deadline := time.Now().Add(patience); ready != nil; time.Sleep(10 * time.Millisecond) {
+		ended := p.Ended() // before ready is asked: a program may be ready, and end, in one moment
+		if ready(p) {
+			break
+		}
+		if ended {
 			t.Fatalf("%s ended before it was ready: %v", name, p.err)
 		}
 		if time.Now().After(deadline) {

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 func TestMain(m *testing.M) { Main(m.Run) }
@@ -70,6 +72,9 @@ func TestEnds(t *testing.T) {
 
 func TestLeavesNothing(t *testing.T) {
 	t.Parallel()
+	begin := time.Now()
+	must.Do(t, exec.Command(os.Args[0], "-test.run=^$").Run())
+	enough := max(2*time.Second, 20*time.Since(begin)) // for a test that times out only then
 	for end, want := range map[string]string{
 		"passes": "PASS", "fails": "as it must", "panics": "as it must", "panics elsewhere": "as it must",
 		"exits": "unexpected call to os.Exit", "is killed": "killed", "times out": "test timed out",
@@ -82,7 +87,7 @@ func TestLeavesNothing(t *testing.T) {
 			dir, pids := t.TempDir(), filepath.Join(t.TempDir(), "pids")
 			cmd := exec.Command(os.Args[0], "-test.paniconexit0", "-test.run=^TestEnds$")
 			if end == "times out" {
-				cmd.Args = append(cmd.Args, "-test.timeout=2s")
+				cmd.Args = append(cmd.Args, "-test.timeout="+enough.String())
 			}
 			cmd.Env = append(slices.DeleteFunc(os.Environ(), func(v string) bool {
 				return strings.HasPrefix(v, guarded+"=")
@@ -141,12 +146,17 @@ func (f *failing) Fatalf(format string, args ...any) {
 }
 func (f *failing) Logf(format string, args ...any) { fmt.Fprintf(&f.text, format+"\n", args...) }
 
-// started is what a test says that starts a program which does not come up.
+// started is what a test says that starts a program which writes something, and does not come up.
 func started(script string, patience time.Duration) string {
 	f := new(failing)
 	func() {
 		defer func() { recover() }()
-		startWithin(f, exec.Command("sh", "-c", script), func(*Process) bool { return false }, patience)
+		startWithin(f, exec.Command("sh", "-c", script), func(p *Process) bool {
+			for p.Log.String() == "" && !p.Ended() {
+				time.Sleep(time.Millisecond)
+			}
+			return false
+		}, patience)
 	}()
 	for _, g := range f.end {
 		g()
