@@ -2,7 +2,7 @@
 # Runs the tests of make test N times while other work keeps every core busy, and once with GOMAXPROCS=1. make flaky
 # runs it. It builds the tests of PACKAGES once, and runs them with ARGS, such as -test.run=NAME. var/flaky/results has
 # a line for each run, and var/flaky has the logs of runs that failed. If it is called again for the same code, it
-# continues.
+# continues. A run that SIGINT or SIGTERM ends counts for nothing.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 n=${N:-20} results=var/flaky/results
@@ -13,16 +13,36 @@ if [ "$(head -n 1 $results 2>/dev/null)" != "$of" ]; then
 	rm -f var/flaky/*.log
 	printf '%s\n' "$of" >$results
 fi
-busy=()
+busy=() running=false
 stop() {
+	trap '' INT TERM
 	[ ${#busy[@]} -eq 0 ] || kill "${busy[@]}" 2>/dev/null
+	if $running && kill -TERM -- "-$!" 2>/dev/null; then
+		for _ in {1..300}; do # leaves-nothing.sh looks for what is left
+			kill -0 -- "-$!" 2>/dev/null || break
+			sleep 0.1
+		done
+	fi
 	rm -rf "$bin"
+}
+
+# ended COMMAND...: runs a command as a process group that ends with this script. A signal does not wait for its end.
+ended() {
+	local status
+	running=true
+	set -m
+	"$@" &
+	set +m
+	wait $!
+	status=$?
+	running=false
+	return $status
 }
 trap stop EXIT
 trap 'exit 130' INT TERM
 # shellcheck disable=SC2086 # a list
 folders=$(go list -f '{{if or .TestGoFiles .XTestGoFiles}}{{.Dir}}{{end}}' ${PACKAGES:-work}) &&
-	scripts/step.sh 'building the tests' go test -c -race -vet=off -ldflags=-w -o "$bin/" $folders || exit
+	ended scripts/step.sh 'building the tests' go test -c -race -vet=off -ldflags=-w -o "$bin/" $folders || exit
 for _ in $(seq "$(nproc)"); do
 	timeout $((n * 3600)) sh -c 'while :; do :; done' &
 	busy+=($!)
@@ -57,8 +77,8 @@ run() {
 	if grep -q "^$name " $results; then
 		return
 	fi
-	scripts/step.sh -l "$log" -n "$(wc -l <<<"$folders")" "run $name of $n$(left)" scripts/leaves-nothing.sh env "$@" \
-		xargs -P $((3 * $(nproc))) -I FOLDER bash -c 'package FOLDER' <<<"$folders" || result=FAILED
+	ended scripts/step.sh -l "$log" -n "$(wc -l <<<"$folders")" "run $name of $n$(left)" scripts/leaves-nothing.sh \
+		env "$@" xargs -P $((3 * $(nproc))) -I FOLDER bash -c 'package FOLDER' <<<"$folders" || result=FAILED
 	printf '%s %s %d s\n' "$name" $result $((SECONDS - begin)) | tee -a $results
 	if [ $result = passed ]; then
 		rm "$log"
