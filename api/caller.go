@@ -6,9 +6,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
-	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -41,6 +39,11 @@ type connection struct {
 
 // ConnContext remembers the user at the other end of a Unix socket, and counts streams. It is for http.Server.
 func ConnContext(ctx context.Context, c net.Conn) context.Context {
+	return context.WithValue(ctx, connectionKey{}, &connection{uid: uidOf(c)})
+}
+
+// uidOf is the user at the other end of a Unix socket; -1 elsewhere.
+func uidOf(c net.Conn) int {
 	uid := -1
 	if u, ok := c.(*net.UnixConn); ok {
 		if raw, err := u.SyscallConn(); err == nil {
@@ -51,43 +54,29 @@ func ConnContext(ctx context.Context, c net.Conn) context.Context {
 			})
 		}
 	}
-	return context.WithValue(ctx, connectionKey{}, &connection{uid: uid})
+	return uid
 }
 
-// ConnState logs and counts failed TLS handshakes. It is for http.Server.
-func ConnState(service *binding.Service) func(net.Conn, http.ConnState) {
-	return func(c net.Conn, state http.ConnState) {
-		t, ok := c.(*tls.Conn)
-		if !ok || state != http.StateClosed {
-			return
-		}
-		err := t.Handshake() // it has ended: this gives its error
-		var transport *net.OpError
-		switch broken := errors.As(err, &transport) && (transport.Op == "read" || transport.Op == "write"); {
-		case err == nil, errors.Is(err, io.EOF), broken:
-			// a peer that is gone or slow was not refused
-			return
-		}
-		why, attrs, actor := "handshake", []any{"cause", strict.Short(err.Error())}, binding.Actor{Address: c.RemoteAddr().String()}
-		var unverified *tls.CertificateVerificationError
-		if errors.As(err, &unverified) && len(unverified.UnverifiedCertificates) > 0 {
-			shown := unverified.UnverifiedCertificates[0]
-			why, attrs, actor.Certificate = "certificate", append(attrs, describe(shown)...), fingerprint(shown)
-		}
-		service.Unauthenticated(binding.WithActor(context.Background(), actor), why, attrs...)
+// whoIs is the caller at the other end of a connection, who is not looked for among the clients yet.
+func whoIs(encrypted *tls.ConnectionState, uid int, address string) (c caller, actor binding.Actor) {
+	c, actor = caller{uid: -1}, binding.Actor{Address: address}
+	if encrypted != nil && len(encrypted.VerifiedChains) > 0 {
+		c.certificate = encrypted.VerifiedChains[0][0]
+		actor.Certificate = fingerprint(c.certificate)
+	} else if uid >= 0 {
+		c.uid, actor.User, actor.Address = uid, fmt.Sprint("uid ", uid), ""
 	}
+	return c, actor
 }
 
 // identify puts caller and Actor into the context of each request.
 func identify(clients *Clients, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		c, actor := caller{uid: -1}, binding.Actor{Address: r.RemoteAddr}
-		if r.TLS != nil && len(r.TLS.VerifiedChains) > 0 {
-			c.certificate = r.TLS.VerifiedChains[0][0]
-			actor.Certificate = fingerprint(c.certificate)
-		} else if peer, ok := r.Context().Value(connectionKey{}).(*connection); ok && peer.uid >= 0 {
-			c.uid, actor.User, actor.Address = peer.uid, fmt.Sprint("uid ", peer.uid), ""
+		uid := -1
+		if peer, ok := r.Context().Value(connectionKey{}).(*connection); ok {
+			uid = peer.uid
 		}
+		c, actor := whoIs(r.TLS, uid, r.RemoteAddr)
 		next.ServeHTTP(w, r.WithContext(clients.know(r.Context(), c, actor)))
 	})
 }
@@ -141,9 +130,9 @@ func callOf(path string) []any {
 	return []any{"path", strict.Short(path)}
 }
 
-// stranger logs and counts an unknown caller, and its request.
-func stranger(ctx context.Context, service *binding.Service, path string) {
-	why, attrs := "user", callOf(path)
+// stranger logs and counts an unknown caller.
+func stranger(ctx context.Context, service *binding.Service, attrs ...any) {
+	why := "user"
 	if c := callerOf(ctx).certificate; c != nil {
 		why, attrs = "client", append(attrs, describe(c)...)
 	}

@@ -119,6 +119,8 @@ type front struct {
 	ca       *authority
 	url      string
 	socket   string
+
+	connections *Connections
 }
 
 func newFront(t *testing.T, list ...Client) *front {
@@ -143,7 +145,8 @@ func newFront(t *testing.T, list ...Client) *front {
 	pool := x509.NewCertPool()
 	pool.AddCert(f.ca.certificate)
 	s.TLS = &tls.Config{ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert, MinVersion: tls.VersionTLS13}
-	s.Config.ConnState, s.Config.ConnContext = ConnState(service), ConnContext
+	f.connections = NewConnections(service, func() *Clients { return clients }, 1000)
+	s.Config.ConnState, s.Config.ConnContext = f.connections.State, ConnContext
 	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelDebug)
 	s.EnableHTTP2 = true
 	s.StartTLS()
@@ -153,7 +156,8 @@ func newFront(t *testing.T, list ...Client) *front {
 	if err != nil {
 		t.Fatal(err)
 	}
-	local := &http.Server{Handler: handler, ConnContext: ConnContext, Protocols: new(http.Protocols)}
+	local := &http.Server{Handler: handler, ConnContext: ConnContext, ConnState: f.connections.State,
+		Protocols: new(http.Protocols)}
 	local.Protocols.SetHTTP1(true)
 	local.Protocols.SetUnencryptedHTTP2(true)
 	go local.Serve(l)

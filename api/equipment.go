@@ -14,7 +14,7 @@ func (h *Handler) CheckEquipment(r *http.Request, q *kmev1.CheckEquipmentRequest
 	answer *kmev1.CheckEquipmentResponse, err error) {
 	identify(h.clients, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
 		if clientOf(r.Context()) == nil {
-			stranger(r.Context(), h.server.service, r.URL.Path)
+			stranger(r.Context(), h.server.service, callOf(r.URL.Path)...)
 			err = notAllowed()
 			return
 		}

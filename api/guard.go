@@ -105,7 +105,7 @@ func (g *guard) known(next http.Handler, open string) http.Handler {
 		err := func() (err error) {
 			defer panics.Recover(&err)
 			if clientOf(r.Context()) == nil && r.URL.Path != open { // its body is not read
-				stranger(r.Context(), g.service, r.URL.Path)
+				stranger(r.Context(), g.service, callOf(r.URL.Path)...)
 				return g.deny(w, r, notAllowed())
 			}
 			if r.ContentLength > maxRequest && r.URL.Path != kmev1connect.KeyServiceStreamProcedure {

@@ -188,7 +188,7 @@ func (t *stream) read(ctx context.Context) error {
 					handler, known = h, h.clients.know(ctx, *callerOf(ctx), binding.ActorOf(ctx))
 				}
 				if clientOf(known) == nil {
-					stranger(known, handler.server.service, kmev1connect.KeyServiceStreamProcedure)
+					stranger(known, handler.server.service, callOf(kmev1connect.KeyServiceStreamProcedure)...)
 					return toConnect(notAllowed())
 				}
 				h, ctx := handler, known

@@ -177,8 +177,8 @@ type badRequest struct{ error }
 
 // refuse answers a request with an error, and logs it.
 func (d *Desk) refuse(w http.ResponseWriter, r *http.Request, station string, code int, reason string, more ...any) {
-	d.refused(code, append([]any{"method", r.Method, "path", strict.Short(r.URL.Path), "station", station, "address", r.RemoteAddr,
-		"reason", reason}, more...)...)
+	d.refused(code, append([]any{"method", r.Method, "path", strict.Short(r.URL.Path), "station", station,
+		"address", r.RemoteAddr, "reason", reason}, more...)...)
 	answer(w, code, map[string]string{"error": reason})
 }
 

@@ -122,7 +122,7 @@ func (d *daemon) newServer(handler http.Handler) *http.Server {
 	protocols.SetHTTP2(true)
 	protocols.SetUnencryptedHTTP2(true) // on the socket, where gRPC comes without TLS
 	return &http.Server{
-		Handler: handler, ConnContext: api.ConnContext, ConnState: api.ConnState(d.service), Protocols: protocols,
+		Handler: handler, ConnContext: api.ConnContext, ConnState: d.connections.State, Protocols: protocols,
 		MaxHeaderBytes: 32 << 10, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
 		WriteTimeout: 2 * time.Minute, IdleTimeout: 5 * time.Minute,
 		ErrorLog: slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +13,9 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/kmehsm/kmehsm/api"
+	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/internal/unread"
 )
@@ -91,8 +95,31 @@ func TestAcceptFails(t *testing.T) {
 }
 
 func TestClientDoesNotRead(t *testing.T) {
-	d := &daemon{live: &live{log: slog.New(slog.DiscardHandler)}}
-	unread.Check(t, d.newServer)
+	unread.Check(t, aDaemon(nil).newServer)
+}
+
+// A header takes memory before anybody is known: it has 32 KiB at most, and what net/http adds.
+func TestLongHeader(t *testing.T) {
+	s := httptest.NewUnstartedServer(nil)
+	s.Config = aDaemon(nil).newServer(http.NotFoundHandler())
+	s.Start()
+	defer s.Close()
+	for size, want := range map[int]int{16 << 10: http.StatusNotFound,
+		64 << 10: http.StatusRequestHeaderFieldsTooLarge} {
+		q := must.Get[*http.Request](t)(http.NewRequest(http.MethodGet, s.URL, nil))
+		q.Header.Set("X", strings.Repeat("x", size))
+		a := must.Get[*http.Response](t)(http.DefaultClient.Do(q))
+		a.Body.Close()
+		if a.StatusCode != want {
+			t.Errorf("%d bytes: %s", size, a.Status)
+		}
+	}
+}
+
+// aDaemon is one that knows no clients.
+func aDaemon(service *binding.Service) *daemon {
+	return &daemon{live: &live{log: slog.New(slog.DiscardHandler)}, service: service,
+		connections: api.NewConnections(service, func() *api.Clients { return new(api.Clients) }, 1000)}
 }
 
 // A failingListener accepts nothing a few times, as if there were too many open files.

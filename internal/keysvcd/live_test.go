@@ -351,7 +351,8 @@ func TestCertificatesChange(t *testing.T) {
 	reload(before)
 
 	listeners := must.Get[[]served](t)(listen(s.started, s.live))
-	d := &daemon{live: s.live, service: s.options.Service}
+	d := aDaemon(s.options.Service)
+	d.live = s.live
 	eir := d.eirServer()
 	of := must.Get[[]net.Listener](t)(listenEIR(s.started, s.live))[0]
 	go eir.Serve(of)

@@ -54,6 +54,8 @@ type daemon struct {
 	accepted  chan struct{}    // receives when a rolled-back database is accepted
 	leaving   *leaving
 	eir       []net.Listener // for AMFs: one, or none
+
+	connections *api.Connections // of all servers
 }
 
 // Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it says that it is not ready any more,
@@ -152,6 +154,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 			Health: func(ctx context.Context) operatorpage.Health { return d.health(ctx, s, service, bound) },
 		})
 	}
+	d.connections = api.NewConnections(d.service, func() *api.Clients { return d.Load().clients }, cfg.Connections)
 	if err := d.apply(ctx, cfg); err != nil {
 		return err
 	}

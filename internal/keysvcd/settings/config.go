@@ -57,6 +57,7 @@ type Config struct {
 	DrainDelay       time.Duration     `yaml:"drain_delay"`
 	HSMTimeout       time.Duration     `yaml:"hsm_timeout"`
 	Verify           string            `yaml:"verify"`
+	Connections      int               `yaml:"connections"`
 	Calls            int               `yaml:"calls"`
 	IMEIRate         float64           `yaml:"imei_rate"`
 	IMEIBurst        int               `yaml:"imei_burst"`
@@ -144,6 +145,9 @@ var schema = config.Schema[Config]{See: "keysvc serve", Settings: slices.Concat(
 			lot are not served, bound or not (0s: the last list is used, however old)`,
 		Rule: "0s, or a time of more than twice revocation_ttl, such as 72h",
 		OK:   func(c *Config) bool { return c.MaxRevocationAge == 0 || c.MaxRevocationAge/2 > c.RevocationTTL }},
+	{Name: "connections", Default: "1000",
+		Help: "open connections of each client, and of all callers who are none; more are closed",
+		Rule: "a whole number above zero", OK: func(c *Config) bool { return c.Connections > 0 }},
 	{Name: "calls", Example: "128",
 		Help: `requests that use or wait for the HSM; more are refused, but each client is guaranteed its share
 			(default: 32 for each session)`,

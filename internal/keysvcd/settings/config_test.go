@@ -111,6 +111,7 @@ func TestConfigRefused(t *testing.T) {
 			`hsm_timeout is a time above zero and up to 1m, such as 5s, not "0s"`},
 		{"hsm_timeout too long", good + "hsm_timeout: 61s\n",
 			`hsm_timeout is a time above zero and up to 1m, such as 5s, not "1m1s"`},
+		{"connections", good + "connections: 0\n", `connections is a whole number above zero, not "0"`},
 		{"calls", good + "calls: -1\n", `calls is a whole number, or 0 for 32 of each session, not "-1"`},
 		{"calls as a text", good + "calls: many\n", `calls is a whole number, or 0 for 32 of each session, not "many"`},
 		{"imei_rate", good + "imei_rate: 0\n", `imei_rate is a number above zero, not "0"`},
@@ -327,6 +328,7 @@ pending_ttl: 3m
 pending_vectors: 8
 revocation_ttl: 2m
 max_revocation_age: 72h
+connections: 9
 calls: 3
 imei_rate: 4.5
 imei_burst: 5
