@@ -251,7 +251,8 @@ func rememberToken(state, uri string) error {
 }
 
 // StoreToken is the token that makes the MACs of a store's rows: the one of the command line; else the one that keysvc
-// init has noted; else the one of the environment. given is that of the command line or the environment.
+// init has noted; else the one of the environment. given is that of the command line or the environment. The token's URI
+// names a library that is loaded: root takes none that another user could have named.
 func StoreToken(state, given string) (uri string, err error) {
 	if given != os.Getenv("KMEHSM_TOKEN") {
 		return given, nil
@@ -259,6 +260,11 @@ func StoreToken(state, given string) (uri string, err error) {
 	own, err := os.ReadFile(filepath.Join(state, tokenFile))
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return "", cmp.Or(durable.CheckFolder("keysvc", state), err)
+	}
+	if err == nil {
+		if err := durable.CheckOwner("keysvc", state); err != nil {
+			return "", err
+		}
 	}
 	return cmp.Or(strings.TrimSpace(string(own)), given), nil
 }

@@ -32,6 +32,14 @@ func TestStoreToken(t *testing.T) {
 	}
 	check("pkcs11:token=environment", "pkcs11:token=init")
 	check("pkcs11:token=flag", "pkcs11:token=flag")
+	if os.Geteuid() == 0 { // root loads no library that another user names
+		must.Do(t, os.Chown(dir, 65534, 65534))
+		if uri, err := StoreToken(dir, "pkcs11:token=environment"); !errors.As(err, new(usage.Error)) {
+			t.Errorf("of another user's folder, root takes %q, %v", uri, err)
+		}
+		check("pkcs11:token=flag", "pkcs11:token=flag")
+		must.Do(t, os.Chown(dir, 0, 0))
+	}
 	if err := os.Remove(filepath.Join(dir, tokenFile)); err != nil {
 		t.Fatal(err)
 	}
