@@ -270,8 +270,11 @@ func shape(a Attributes) (rows []C.ck, values []byte, err error) {
 	return rows, values, nil
 }
 
-// Create makes an object. The copies of its values are wiped.
-func (s *Session) Create(a Attributes) (pkcs11.ObjectHandle, error) {
+// object makes an object by a template, as call makes it: with the template as C takes it. The copies of its values are
+// wiped.
+func (s *Session) object(
+	a Attributes, call func(shape *C.ck, rows C.ck, values *C.uchar, object *C.ck) C.ck,
+) (pkcs11.ObjectHandle, error) {
 	return s.Fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
 		rows, values, err := shape(a)
 		if err != nil {
@@ -279,23 +282,22 @@ func (s *Session) Create(a Attributes) (pkcs11.ObjectHandle, error) {
 		}
 		defer clear(values)
 		var h C.ck
-		rv := C.create(s.functions, C.ck(s.ID), unsafe.SliceData(rows), C.ck(len(rows)/3),
-			(*C.uchar)(unsafe.SliceData(values)), &h)
+		rv := call(unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
 		return pkcs11.ObjectHandle(h), toError(rv)
+	})
+}
+
+// Create makes an object.
+func (s *Session) Create(a Attributes) (pkcs11.ObjectHandle, error) {
+	return s.object(a, func(shape *C.ck, rows C.ck, values *C.uchar, h *C.ck) C.ck {
+		return C.create(s.functions, C.ck(s.ID), shape, rows, values, h)
 	})
 }
 
 // Generate makes a secret key.
 func (s *Session) Generate(mechanism uint, a Attributes) (pkcs11.ObjectHandle, error) {
-	return s.Fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
-		rows, values, err := shape(a)
-		if err != nil {
-			return 0, err
-		}
-		var h C.ck
-		rv := C.generate(s.functions, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
-			(*C.uchar)(unsafe.SliceData(values)), &h)
-		return pkcs11.ObjectHandle(h), toError(rv)
+	return s.object(a, func(shape *C.ck, rows C.ck, values *C.uchar, h *C.ck) C.ck {
+		return C.generate(s.functions, C.ck(s.ID), C.ck(mechanism), shape, rows, values, h)
 	})
 }
 
@@ -305,36 +307,21 @@ func (s *Session) GeneratePair(mechanism uint, public, private Attributes) (pub,
 	if err != nil {
 		return 0, 0, err
 	}
-	priv, err = s.Fitting(private, func(private Attributes) (pkcs11.ObjectHandle, error) {
-		privateRows, privateValues, err := shape(private)
-		if err != nil {
-			return 0, err
-		}
-		var h, k C.ck
-		rv := C.generate_pair(s.functions, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
-			(*C.uchar)(unsafe.SliceData(values)),
-			unsafe.SliceData(privateRows), C.ck(len(privateRows)/3), (*C.uchar)(unsafe.SliceData(privateValues)), &h,
-			&k)
-		pub = pkcs11.ObjectHandle(h)
-		return pkcs11.ObjectHandle(k), toError(rv)
+	var h C.ck
+	priv, err = s.object(private, func(shape *C.ck, privateRows C.ck, privateValues *C.uchar, k *C.ck) C.ck {
+		return C.generate_pair(s.functions, C.ck(s.ID), C.ck(mechanism), unsafe.SliceData(rows), C.ck(len(rows)/3),
+			(*C.uchar)(unsafe.SliceData(values)), shape, privateRows, privateValues, &h, k)
 	})
-	return pub, priv, err
+	return pkcs11.ObjectHandle(h), priv, err
 }
 
 // Unwrap makes an object of a wrapped key.
 func (s *Session) Unwrap(
 	mechanism uint, unwrapping pkcs11.ObjectHandle, wrapped []byte, a Attributes,
 ) (pkcs11.ObjectHandle, error) {
-	return s.Fitting(a, func(a Attributes) (pkcs11.ObjectHandle, error) {
-		rows, values, err := shape(a)
-		if err != nil {
-			return 0, err
-		}
-		var h C.ck
-		rv := C.unwrap(s.functions, C.ck(s.ID), C.ck(mechanism), C.ck(unwrapping),
-			(*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)),
-			unsafe.SliceData(rows), C.ck(len(rows)/3), (*C.uchar)(unsafe.SliceData(values)), &h)
-		return pkcs11.ObjectHandle(h), toError(rv)
+	return s.object(a, func(shape *C.ck, rows C.ck, values *C.uchar, h *C.ck) C.ck {
+		return C.unwrap(s.functions, C.ck(s.ID), C.ck(mechanism), C.ck(unwrapping),
+			(*C.uchar)(unsafe.SliceData(wrapped)), C.ck(len(wrapped)), shape, rows, values, h)
 	})
 }
 
