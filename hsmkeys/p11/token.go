@@ -1,6 +1,7 @@
 package p11
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -91,7 +92,7 @@ func OpenUser(_ context.Context, tokenURI string, o Options) (*Token, error) {
 		return nil, Explain("log in to "+t.String(), err)
 	}
 	t.pin = u.pinSource
-	if o.RenewAfter == 0 && t.isSoftHSM() {
+	if o.RenewAfter == 0 && t.SeesLate() {
 		o.RenewAfter = softHSMRenewal
 	}
 	t.renewal.after.Store(o.RenewAfter)
@@ -120,26 +121,25 @@ func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 }
 
 // SeesLate says whether the token is SoftHSM, whose threads may see late what another process has made.
-func (t *Token) SeesLate() bool { return t.isSoftHSM() }
-
-func (t *Token) isSoftHSM() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
+func (t *Token) SeesLate() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
 
 // connect finds the token and prepares the pool, without logging in.
-func connect(u *uri, o Options) (*Token, error) {
+func connect(u *uri, o Options) (_ *Token, err error) {
 	m, err := loadModule(u.module)
 	if err != nil {
 		return nil, err
 	}
 	t := &Token{connection: connection{module: m, uri: u, signing: 1 + 2*runtime.GOMAXPROCS(0)},
-		observer: o.Observer, hangAfter: o.HangTimeout,
+		observer: o.Observer, hangAfter: cmp.Or(o.HangTimeout, hangTimeout),
 		breaker: newBreaker(), closing: make(chan struct{})}
+	defer func() {
+		if err != nil {
+			t.Close()
+		}
+	}()
 	t.health.changed = o.Changed
-	if t.hangAfter == 0 {
-		t.hangAfter = hangTimeout
-	}
 	t.Forget()
 	if err := t.acquire(); err != nil {
-		t.release()
 		if _, ok := errors.AsType[usage.Error](err); ok {
 			return nil, err
 		}
@@ -148,7 +148,6 @@ func connect(u *uri, o Options) (*Token, error) {
 			initReserved)
 	}
 	if t.slot, t.info, err = t.findSlot(); err != nil {
-		t.Close()
 		return nil, err
 	}
 	again, err := t.share()
@@ -158,16 +157,13 @@ func connect(u *uri, o Options) (*Token, error) {
 		}
 	}
 	if err != nil {
-		t.Close()
 		return nil, err
 	}
 	if t.kwp, err = t.findKWP(); err != nil {
-		t.Close()
 		return nil, err
 	}
 	size, err := t.poolSize(o.Sessions)
 	if err != nil {
-		t.Close()
 		return nil, err
 	}
 	t.idle = newIdle(size)
