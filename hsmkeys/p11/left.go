@@ -39,7 +39,7 @@ func (t *Token) put(s *Session) {
 	}
 	since := s.leftSince
 	switch most := t.left.most.Load(); {
-	case most == 1: // there is no room to go on before
+	case most == 1: // before, the token has no room for other objects
 		<-t.drop(s)
 		return
 	case int64(len(s.left)) >= most, time.Since(since) >= LeftFor:
@@ -65,12 +65,8 @@ func (t *Token) lookAt(at time.Time) {
 		t.left.mu.Lock()
 		t.left.look = nil
 		t.left.mu.Unlock()
-		var next time.Time
-		for {
-			var s *Session
-			if s, next = t.idle.due(time.Now().Add(-LeftFor)); s == nil {
-				break
-			}
+		s, next := t.idle.due(time.Now().Add(-LeftFor))
+		for ; s != nil; s, next = t.idle.due(time.Now().Add(-LeftFor)) {
 			t.drop(s)
 		}
 		if !next.IsZero() {
