@@ -3,6 +3,7 @@ package doctor
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -15,17 +16,9 @@ import (
 // session objects of its own, which are gone afterwards. Its Finding says whether the token refuses it.
 
 // Weaknesses are the failed trials of what a side's keys depend on. No key of the token is touched.
-func Weaknesses(ctx context.Context, t *p11.Token, side keyspec.Side) (weak []Finding, err error) {
+func Weaknesses(ctx context.Context, t *p11.Token, side keyspec.Side) ([]Finding, error) {
 	report, err := try(ctx, t, side)
-	if err != nil {
-		return nil, err
-	}
-	for _, f := range report {
-		if f.Required && !f.OK {
-			weak = append(weak, f)
-		}
-	}
-	return weak, nil
+	return slices.DeleteFunc(report, func(f Finding) bool { return f.OK || !f.Required }), err
 }
 
 // try runs all trials of what a side's keys depend on.
@@ -108,10 +101,8 @@ func (x *trial) flag(h pkcs11.ObjectHandle, attribute uint) (value, there bool) 
 
 // away remembers an error that says nothing about what was tried.
 func (x *trial) away(err error) bool {
-	if p11.SaysNothing(err) {
-		if x.err == nil {
-			x.err = p11.Explain("try the token", err)
-		}
+	if x.err == nil && p11.SaysNothing(err) {
+		x.err = p11.Explain("try the token", err)
 	}
 	return x.err != nil
 }
