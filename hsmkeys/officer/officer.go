@@ -79,18 +79,13 @@ type splitObject struct {
 func splits(s *p11.Session) (map[string][]splitObject, error) {
 	all := map[string][]splitObject{}
 	for _, label := range []string{splitBegun, splitInForce} {
-		found, err := s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA),
-			ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_LABEL, label)})
+		found, err := s.Notes(label, ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_DATA)})
 		if err != nil {
-			return nil, p11.Explain("look for the security officer's split", err)
+			return nil, p11.Explain("read the security officer's split", err)
 		}
-		for _, h := range found {
-			a, err := s.Get(h, pkcs11.CKA_APPLICATION)
-			if err != nil {
-				return nil, p11.Explain("read the security officer's split", err)
-			}
-			o := splitObject{h: h}
-			if err := json.Unmarshal(a[0], &o.Split); err != nil || o.ID == "" {
+		for _, note := range found {
+			o := splitObject{h: note.Object}
+			if err := json.Unmarshal(note.Text, &o.Split); err != nil || o.ID == "" {
 				return nil, fmt.Errorf("the token's object %q is damaged: remove it with the token's own tool", label)
 			}
 			all[label] = append(all[label], o)
