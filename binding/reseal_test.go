@@ -29,7 +29,7 @@ func rotateChild(t *testing.T, uri, soPIN, storeName, kill string) {
 	defer r.Close()
 	store := openStore(t, r.OperatorToken, storeName)
 	defer store.Close()
-	must[int](t)(tokenkeys.Reseal(t.Context(), r, store, hsmkeys.SealedFrom(r.Newest()), func(int) {
+	must[int](t)(tokenkeys.Reseal(t.Context(), r, store, hsmkeys.SealedFrom(r.Newest), func(int) {
 		if kill == "kill" {
 			syscall.Kill(os.Getpid(), syscall.SIGKILL)
 		}

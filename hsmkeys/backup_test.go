@@ -251,8 +251,8 @@ func TestRotation(t *testing.T) {
 	}
 	// it is reinitialised meanwhile
 	r = must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{renewAfter: 20}))
-	if r.Newest() != 2 {
-		t.Errorf("it seals under generation %d", r.Newest())
+	if r.Newest != 2 {
+		t.Errorf("it seals under generation %d", r.Newest)
 	}
 	fresh := make([][]byte, len(old))
 	var wg sync.WaitGroup
@@ -317,8 +317,8 @@ func TestRotation(t *testing.T) {
 	// The next rotation begins from there.
 	r = must[*Rotation](t)(OpenRotation(ctx, tok.URI, PIN(tok.SOPIN), Options{}))
 	defer r.Close()
-	if r.Newest() != 3 {
-		t.Errorf("the next rotation seals under generation %d", r.Newest())
+	if r.Newest != 3 {
+		t.Errorf("the next rotation seals under generation %d", r.Newest)
 	}
 	must[[]byte](t)(r.Reseal(ctx, fresh[0]))
 }

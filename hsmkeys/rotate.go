@@ -20,10 +20,11 @@ import (
 // unwrapped as session objects without such a template. These end with the process. No KME is ever in its memory.
 type Rotation struct {
 	*OperatorToken
+	Newest int  // the generation that KMEs are sealed under
+	Made   bool // it was made by this rotation; if not, this one continues an earlier rotation
+
 	to      *rsa.PublicKey
 	wrapped map[int][]byte // storage keys of earlier generations, under to
-	newest  int
-	made    bool
 }
 
 // OpenRotation makes a storage key of the next generation, unless one of a rotation that was interrupted is there, and
@@ -36,7 +37,7 @@ func OpenRotation(ctx context.Context, tokenURI string, officer PIN, o Options) 
 	}
 	r = &Rotation{OperatorToken: t}
 	if err = r.dropLeft(ctx); err == nil {
-		// an earlier storage key is as a KEK meanwhile
+		// during the rotation, earlier storage keys only unwrap, as KEKs do
 		r.to, err = t.newReceiver(ctx, keyspec.RotationLabel, keyspec.ImportedKEK)
 	}
 	if err = errors.Join(err, t.Close()); err != nil {
@@ -72,25 +73,19 @@ func (r *Rotation) begin(ctx context.Context) error {
 	r.wrapped = map[int][]byte{}
 	for _, c := range all {
 		if c.Key.Role == RoleStorage {
-			r.wrapped[c.Key.Generation], r.newest = c.Wrapped, c.Key.Generation
+			r.wrapped[c.Key.Generation], r.Newest = c.Wrapped, c.Key.Generation
 		}
 	}
 	if len(r.wrapped) > 1 { // an earlier rotation has made it
 		return nil
 	}
-	if r.newest == MaxGenerations {
+	if r.Newest == MaxGenerations {
 		return fmt.Errorf("the storage key has been rotated %d times, and cannot be once more", MaxGenerations-1)
 	}
-	r.newest++
-	r.made, err = r.makeStorage(ctx, keyspec.StorageGeneration(r.newest))
+	r.Newest++
+	r.Made, err = r.makeStorage(ctx, keyspec.StorageGeneration(r.Newest))
 	return err
 }
-
-// Made says whether this rotation has made the newest generation. If not, it continues an earlier rotation.
-func (r *Rotation) Made() bool { return r.made }
-
-// Newest is the generation that KMEs are sealed under.
-func (r *Rotation) Newest() int { return r.newest }
 
 // Close ends the rotation, finished or not: what it needed is destroyed.
 func (r *Rotation) Close() error {
@@ -107,7 +102,7 @@ func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		newest, err := r.find(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(r.newest))
+		newest, err := r.find(s, pkcs11.CKO_SECRET_KEY, keyspec.StorageGeneration(r.Newest))
 		if err != nil {
 			return nil, err
 		}
@@ -115,7 +110,7 @@ func (r *Rotation) Reseal(ctx context.Context, sealed []byte) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		out, err = keyop.SealObject(s, r.newest, newest, h)
+		out, err = keyop.SealObject(s, r.Newest, newest, h)
 		if derr := s.Destroy(h); err == nil { // not left there: earlier would have to be unwrapped again
 			err = p11.Explain("drop an unsealed KME", derr)
 		}

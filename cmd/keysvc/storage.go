@@ -72,17 +72,17 @@ func storageRotate(c *cli.Context) (err error) {
 }
 
 func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
-	below, began := hsmkeys.SealedFrom(r.Newest()), time.Now()
+	below, began := hsmkeys.SealedFrom(r.Newest), time.Now()
 	total, err := store.CountSealed(c.Context, below)
 	if err != nil {
 		return err
 	}
-	if !r.Made() {
+	if !r.Made {
 		fmt.Fprintf(c.App.ErrWriter, "no new key was made: generation %d is of a rotation that was not ended; for "+
-			"another key, run keysvc storage retire first, and then this again\n", r.Newest())
+			"another key, run keysvc storage retire first, and then this again\n", r.Newest)
 	}
 	fmt.Fprintf(c.App.ErrWriter, "%d KMEs to be sealed again under generation %d of the storage key\n",
-		total, r.Newest())
+		total, r.Newest)
 	shown := cmdline.NewProgress(c, "sealed again", "KMEs", total)
 	done, err := tokenkeys.Reseal(c.Context, r, store, below, shown.At)
 	shown.Close()
@@ -94,11 +94,11 @@ func reseal(c *cli.Context, r *hsmkeys.Rotation, store *sqlstore.Store) error {
 		return err
 	}
 	seconds := time.Since(began).Seconds()
-	return cmdline.Printf(c, map[string]any{"generation": r.Newest(), "made": r.Made(), "resealed": done,
+	return cmdline.Printf(c, map[string]any{"generation": r.Newest, "made": r.Made, "resealed": done,
 		"seconds": seconds},
 		"%d KMEs were sealed again, in %.0f s; all are under generation %d of the storage key now\n"+
 			"end with keysvc storage retire\n",
-		done, seconds, r.Newest())
+		done, seconds, r.Newest)
 }
 
 func storageRetire(c *cli.Context) error {
