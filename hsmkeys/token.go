@@ -107,8 +107,7 @@ func (b *base) Health() Health { return b.hsm.Health() }
 // Has says whether the token has a private or secret key k.
 func (b *base) Has(ctx context.Context, k Key) (has bool, err error) {
 	class := uint(pkcs11.CKO_SECRET_KEY)
-	switch k.Role {
-	case RoleSigning, RoleLot:
+	if k.Role == RoleSigning || k.Role == RoleLot {
 		class = pkcs11.CKO_PRIVATE_KEY
 	}
 	return p11.Do(ctx, b.hsm, "look for a key", func(s *p11.Session) (bool, error) {
