@@ -34,20 +34,18 @@ func TestInjection(t *testing.T) {
 		t.Fatal(err)
 	}
 	line := NewInjectionLine(imei, "L1", 0, key.Public(), "a1b2", []byte{1, 2, 3})
-	var file bytes.Buffer
-	for range 2 {
-		if err := line.Write(&file); err != nil {
-			t.Fatal(err)
-		}
+	file, _, err := MarshalPackage(line, line)
+	if err != nil {
+		t.Fatal(err)
 	}
 	want := fmt.Sprintf(
 		`{"imei":"35209900000001","lot":"L1","shard":0,"public_key":{"kty":"EC","kid":"35209900000001","crv":"P-256","x":"%s","y":"%s"},"device_key":{"alg":"A256KWP","kid":"a1b2","wrapped":"AQID"}}`,
 		base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:]))
-	if file.String() != want+"\n"+want+"\n" {
-		t.Errorf("%s\nwant\n%s", file.String(), want)
+	if string(file) != want+"\n"+want+"\n" {
+		t.Errorf("%s\nwant\n%s", file, want)
 	}
 	n := 0
-	for got, err := range ReadInjection(&file) {
+	for got, err := range ReadInjection(bytes.NewReader(file)) {
 		if err != nil || got.IMEI != imei || string(got.DeviceKey.Wrapped) != "\x01\x02\x03" {
 			t.Error(got, err)
 		}
@@ -193,11 +191,11 @@ func FuzzParse(f *testing.F) {
 
 func FuzzReadInjection(f *testing.F) {
 	imei, _ := kme.ParseIMEI("35209900000001")
-	var file bytes.Buffer
-	if err := NewInjectionLine(imei, "L1", 0, newKey(f).Public(), "a1", []byte{1}).Write(&file); err != nil {
+	file, _, err := MarshalPackage(NewInjectionLine(imei, "L1", 0, newKey(f).Public(), "a1", []byte{1}))
+	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(file.Bytes())
+	f.Add(file)
 	f.Fuzz(func(t *testing.T, data []byte) {
 		for line, err := range ReadInjection(bytes.NewReader(data)) {
 			if err == nil && (line.PublicKey.IMEI != line.IMEI || len(line.DeviceKey.Wrapped) == 0) {

@@ -44,16 +44,6 @@ func NewInjectionLine(
 	}
 }
 
-// Write appends the line to a package.
-func (l InjectionLine) Write(w io.Writer) error {
-	b, err := json.Marshal(l)
-	if err != nil {
-		return err
-	}
-	_, err = w.Write(append(b, '\n'))
-	return err
-}
-
 // maxLine is above the longest line, that of an RSA device key.
 const maxLine = 16 << 10
 
@@ -110,8 +100,9 @@ func ReissueFile(imei kme.IMEI, n int) string { return fmt.Sprintf("reissue-%s-%
 // MarshalPackage is an injection package, and its SHA-256.
 func MarshalPackage(lines ...InjectionLine) (file, hash []byte, err error) {
 	var b bytes.Buffer
+	out := json.NewEncoder(&b)
 	for _, line := range lines {
-		if err := line.Write(&b); err != nil {
+		if err := out.Encode(line); err != nil {
 			return nil, nil, err
 		}
 	}

@@ -92,11 +92,11 @@ func TestFleetRefused(t *testing.T) {
 			lines := bytes.SplitAfter(read(file), []byte("\n"))
 			first, second := firstLine(t, lines[0]), firstLine(t, lines[1])
 			first.DeviceKey = second.DeviceKey
-			var out bytes.Buffer
-			if err := first.Write(&out); err != nil {
+			out, _, err := handover.MarshalPackage(first)
+			if err != nil {
 				t.Fatal(err)
 			}
-			write(file, out.Bytes())
+			write(file, out)
 		}, "not that of its public key"},
 		"a damaged line": {func(_ *line, read func(string) []byte, write func(string, []byte)) {
 			write(file, read(file)[:100])

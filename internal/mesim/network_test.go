@@ -1,7 +1,6 @@
 package mesim
 
 import (
-	"bytes"
 	"context"
 	"crypto/aes"
 	"crypto/ecdsa"
@@ -80,18 +79,19 @@ func newLine(t testing.TB, devices int) *line {
 	}
 	l.write(t, "L1/manifest.jws", must[[]byte](t)(signer.Sign(directory.TypeManifest, l.manifest)))
 	kwp := must[*subtle.KWP](t)(subtle.NewKWP(injection))
-	var file bytes.Buffer
+	var lines []handover.InjectionLine
 	for i := range devices {
 		imei := must[kme.IMEI](t)(kme.NewIMEI(tac, i))
 		key := must[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 		l.devices[imei] = &key.PublicKey
 		wrapped := must[[]byte](t)(kwp.Wrap(must[[]byte](t)(x509.MarshalPKCS8PrivateKey(key))))
-		if err := handover.NewInjectionLine(imei, "L1", 0, &key.PublicKey, injectionKeyID,
-			wrapped).Write(&file); err != nil {
-			t.Fatal(err)
-		}
+		lines = append(lines, handover.NewInjectionLine(imei, "L1", 0, &key.PublicKey, injectionKeyID, wrapped))
 	}
-	l.write(t, "L1/injection-000000.jsonl", file.Bytes())
+	file, _, err := handover.MarshalPackage(lines...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.write(t, "L1/injection-000000.jsonl", file)
 	return l
 }
 
