@@ -55,13 +55,11 @@ func (s *Store) place(ctx context.Context, path string, data []byte) (string, er
 	if err != nil {
 		return "", err
 	}
-	if err := durable.Mkdir(s.dir, 0o755); err != nil {
-		return "", cannotWrite(path, err)
+	err = durable.Mkdir(s.dir, 0o755)
+	if err == nil {
+		err = durable.MkdirAll(filepath.Dir(file), 0o755)
 	}
-	if err := durable.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-		return "", cannotWrite(path, err)
-	}
-	return file, nil
+	return file, cannotWrite(path, err)
 }
 
 // Create writes a temporary file and links it to the object's name, which fails if the name exists, whoever made it.
@@ -95,10 +93,7 @@ func (s *Store) Create(ctx context.Context, path string, data []byte) error {
 		return cannotWrite(path, err)
 	}
 	// Also if another process has linked it: the link may not be on disk yet.
-	if err := durable.SyncDir(dir); err != nil {
-		return cannotWrite(path, err)
-	}
-	return nil
+	return cannotWrite(path, durable.SyncDir(dir))
 }
 
 func (s *Store) Read(ctx context.Context, path string) (data []byte, version string, err error) {
@@ -165,10 +160,7 @@ func (s *Store) Update(ctx context.Context, path string, data []byte, version st
 	if now != version {
 		return fmt.Errorf("%s: %w", path, directory.ErrChanged)
 	}
-	if err := durable.WriteFile(file, data, 0o644); err != nil {
-		return cannotWrite(path, err)
-	}
-	return nil
+	return cannotWrite(path, durable.WriteFile(file, data, 0o644))
 }
 
 func (s *Store) List(ctx context.Context, path string) ([]string, error) {
@@ -195,7 +187,11 @@ func (s *Store) List(ctx context.Context, path string) ([]string, error) {
 	return names, nil
 }
 
+// cannotWrite explains the error of writing an object. Without an error it is nil.
 func cannotWrite(path string, err error) error {
+	if err == nil {
+		return nil
+	}
 	return fmt.Errorf("%s cannot be written; check the folder's owner and the room on its disk, and run this again: %w",
 		path, err)
 }
