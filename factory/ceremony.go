@@ -147,9 +147,7 @@ type Enrolled struct {
 // transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
 // opens what was wrapped under it. It opens the token itself: nothing else in the process may have it open.
 func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string,
-	transport *rsa.PublicKey,
-	generation int) (*Enrolled, error) {
-	name := func(manufacturer string) hsmkeys.Key { return kekOf(manufacturer, operator) }
+	transport *rsa.PublicKey, generation int) (*Enrolled, error) {
 	done := func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
 		e := &handover.Enrolment{
 			Manufacturer: kek.Manufacturer, Operator: operator, TransportKey: pemkey.Thumbprint(transport),
@@ -161,38 +159,33 @@ func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, o
 		jws, err := s.Sign(handover.TypeEnrolment, e)
 		return jws, map[string]string{"operator": operator, "kek": e.KEK, "transport key": e.TransportKey}, err
 	}
-	return enroll(ctx, tokenURI, officer, operator, name, transport, generation, done)
+	return enroll(ctx, tokenURI, officer, kekOf("", operator), transport, generation, done)
 }
 
 // EnrollFixture makes the injection key of a fixture that injects device keys, and wraps it for the fixture's RSA key,
 // as EnrollOperator does for an operator. With one more than the newest generation, later packages are for the new key.
 func EnrollFixture(ctx context.Context, tokenURI string, officer hsmkeys.PIN, fixture string, key *rsa.PublicKey,
 	generation int) (*Enrolled, error) {
-	name := func(manufacturer string) hsmkeys.Key { return injectionKey(manufacturer, fixture) }
 	done := func(k hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {
 		made := map[string]string{"fixture": fixture, "injection key": k.HexID(),
 			"fixture's key": pemkey.Thumbprint(key)}
 		file, err := handover.NewFixtureEnrolment(fixture, k.HexID(), wrapped, s.Public()).Marshal()
 		return file, made, err
 	}
-	return enroll(ctx, tokenURI, officer, fixture, name, key, generation, done)
+	return enroll(ctx, tokenURI, officer, injectionKey("", fixture), key, generation, done)
 }
 
-// enroll makes a key as the security officer, named by the manufacturer, and wraps it for to; done makes the file
-// and the facts for the minutes.
-func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name string,
-	named func(manufacturer string) hsmkeys.Key,
-	to *rsa.PublicKey, generation int, done func(hsmkeys.Key, []byte, *directory.Signer) ([]byte,
-		map[string]string, error),
-) (*Enrolled, error) {
-	if err := directory.CheckName(name); err != nil {
+// enroll makes k as the security officer, and wraps it for to. It adds the manufacturer to k. done makes the file and
+// the facts for the minutes.
+func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, k hsmkeys.Key, to *rsa.PublicKey, generation int,
+	done func(hsmkeys.Key, []byte, *directory.Signer) ([]byte, map[string]string, error)) (*Enrolled, error) {
+	if err := directory.CheckName(k.Name); err != nil {
 		return nil, err
 	}
 	// The key's name has the manufacturer, whose signing key only a user can see. So this comes before the security
 	// officer's login, which ends the user's.
-	var k hsmkeys.Key
 	err := withSigner(ctx, tokenURI, func(t *hsmkeys.FactoryToken, s *directory.Signer) (err error) {
-		if k = named(s.KeyID()); generation > 0 {
+		if k.Manufacturer = s.KeyID(); generation > 0 {
 			k, err = next(ctx, t, k, generation)
 		} else {
 			k, err = newest(ctx, t, k)
@@ -204,7 +197,7 @@ func enroll(ctx context.Context, tokenURI string, officer hsmkeys.PIN, name stri
 	}
 	e := &Enrolled{KeyID: k.HexID()}
 	if e.Created, err = hsmkeys.EnrollKey(ctx, tokenURI, officer, k, to); err != nil {
-		return nil, fmt.Errorf("enroll %s: %w", name, err)
+		return nil, fmt.Errorf("enroll %s: %w", k.Name, err)
 	}
 	err = withSigner(ctx, tokenURI, func(t *hsmkeys.FactoryToken, s *directory.Signer) error {
 		wrapped, err := t.WrapEnrolled(ctx, k)
