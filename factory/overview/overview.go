@@ -146,8 +146,9 @@ func (o *Overview) lot(ctx context.Context, m *directory.Manifest) (s *LotState,
 	return s, nil
 }
 
-// Missing says what could not be done any more if the lot were sealed now.
-func (s *LotState) Missing(folder string) (missing []string) {
+// MaySeal refuses a lot if something could not be done any more when it is sealed.
+func (s *LotState) MaySeal(folder string) error {
+	var missing []string
 	if s.Published < s.Devices {
 		missing = append(missing, fmt.Sprintf("%d of its %d devices are not published", s.Devices-s.Published,
 			s.Devices))
@@ -155,12 +156,6 @@ func (s *LotState) Missing(folder string) (missing []string) {
 	if len(s.Granted) == 0 {
 		missing = append(missing, fmt.Sprintf("it was granted to nobody, as far as the folder %s knows", folder))
 	}
-	return missing
-}
-
-// MaySeal refuses a lot that something is Missing of.
-func (s *LotState) MaySeal(folder string) error {
-	missing := s.Missing(folder)
 	if len(missing) == 0 {
 		return nil
 	}
