@@ -141,7 +141,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
 		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile,
-			name == ".lock":
+			name == durable.LockName:
 		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"):
 			// compareRevocations looks at them
 		case strings.HasPrefix(name, "."): // a file that renameio was writing
