@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"slices"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/factory/inspect"
 	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -22,8 +24,7 @@ func auditCommand() *cli.Command {
 		Description: "It needs no token, and changes nothing. It checks what lot verify checks of each lot, but no " +
 			"injection packages; common divisors of all moduli; overlapping ranges; device keys in two lots. Exit " +
 			"code 1 if anything is wrong.",
-		Flags:  slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag, cmdline.JSON}),
-		Action: audit,
+		Flags: overviewFlags(), Action: audit,
 	}
 }
 
@@ -43,6 +44,24 @@ func audit(c *cli.Context) error {
 		}
 		return found, err
 	})
+}
+
+func lotVerify(c *cli.Context) error {
+	dir := injectionDir(c, "injection")
+	if !c.IsSet("injection") && !dirExists(filepath.Join(dir, c.Args().First())) {
+		dir = ""
+	}
+	return verify(c, func(ctx context.Context, store directory.Store, v *directory.Verifier, report func(int)) (
+		*inspect.Verification, error) {
+		lot := c.Args().First()
+		found, err := inspect.Lot(ctx, store, v, lot, dir, report)
+		return found, factory.NoLot(lot, err)
+	})
+}
+
+func dirExists(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
 }
 
 // noLots says that a new line has no lots yet.

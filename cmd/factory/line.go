@@ -100,6 +100,12 @@ func manufacturer(c *cli.Context) (*directory.Verifier, error) {
 	return v, nil
 }
 
+// packagesFlag names the folder of the injection packages.
+func packagesFlag(name string) cli.Flag {
+	return &cli.StringFlag{Name: name, Category: cmdline.Configured,
+		Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}
+}
+
 // injectionDir is the folder of the injection packages: what the flag says, or its default.
 func injectionDir(c *cli.Context, flag string) string {
 	return cmp.Or(c.String(flag), state(c).Injection())

@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -72,7 +71,7 @@ func lotCommand() *cli.Command {
 				Name: "status", Usage: "say what is done of a lot, what is missing, and what comes next",
 				ArgsUsage: "LOT", Description: "It needs no token and no PIN. The rate is that of this machine's " +
 					"packages in the last quarter of an hour, by the times of their files.",
-				Flags: overviewFlags(injectionFlag), Action: lotStatus,
+				Flags: overviewFlags(packagesFlag("injection")), Action: lotStatus,
 			},
 			{
 				Name: "grant", Usage: "write a lot's key for an operator, wrapped under the operator's KEK",
@@ -87,10 +86,9 @@ func lotCommand() *cli.Command {
 					"there exactly once; that every public key is of its suite, on its curve and unique; the " +
 					"modulus; and the injection packages against the published keys. Exit code 1 if anything is " +
 					"wrong.",
-				Flags: slices.Concat(cmdline.DirectoryFlags(), []cli.Flag{manufacturerFlag, stateFlag,
-					&cli.StringFlag{Name: "injection", Category: cmdline.Configured,
-						Usage: "compare the injection packages below `DIR` too " +
-							"(default: injection in the --state folder, if it is there)"}, cmdline.JSON}),
+				Flags: overviewFlags(&cli.StringFlag{Name: "injection", Category: cmdline.Configured,
+					Usage: "compare the injection packages below `DIR` too " +
+						"(default: injection in the --state folder, if it is there)"}),
 				Action: lotVerify,
 			},
 			all,
@@ -105,9 +103,7 @@ func lotCommand() *cli.Command {
 				ArgsUsage: "LOT IMEI", Description: "The new injection package is DIR/LOT/reissue-IMEI-1.jsonl and " +
 					"so on. The reason names the return: with the same reason again nothing changes.",
 				Flags: lineFlags(&cli.StringFlag{Name: "reason", Usage: "which return this is, `TEXT`"}, fixtureFlag,
-					&cli.StringFlag{Name: "out", Category: cmdline.Configured,
-						Usage: "the folder, `DIR`, of the injection packages (default: " +
-							"injection in the --state folder)"}),
+					packagesFlag("out")),
 				Action: cmdline.Alone(cmdline.Requiring(lotReissue, "reason")),
 			},
 			{

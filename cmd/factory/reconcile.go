@@ -15,8 +15,7 @@ func reconcileCommand() *cli.Command {
 	return &cli.Command{
 		Name: "reconcile", Usage: "compare a lot in journal, injection packages, directory and token",
 		ArgsUsage: "LOT", Description: "It says what to do about each difference. Exit code 1 if there are any.",
-		Flags: lineFlags(&cli.StringFlag{Name: "out", Category: cmdline.Configured,
-			Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"},
+		Flags: lineFlags(packagesFlag("out"),
 			&cli.BoolFlag{Name: "repair", Usage: "do what is safe: lose no key, and publish only keys of a complete " +
 				"package"}),
 		Action: cmdline.Alone(reconcile),

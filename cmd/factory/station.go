@@ -22,9 +22,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/version"
 )
 
-var injectionFlag = &cli.StringFlag{Name: "injection", Category: cmdline.Configured,
-	Usage: "the folder, `DIR`, of the injection packages (default: injection in the --state folder)"}
-
 func stationCommand() *cli.Command {
 	return &cli.Command{
 		Name: "station", Usage: "the stations that inject keys into devices",
@@ -39,7 +36,7 @@ be listed by --station. A station has one device at a time:
     GET  /metrics, /healthz                  metrics for Prometheus; whether the server works
 A device is handed out only with its published key. The server needs no token, and may run at the same time as lot
 provision. Ctrl-C ends it; after a restart it continues where it was.`,
-			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, injectionFlag,
+			Flags: append(cmdline.DirectoryFlags(), manufacturerFlag, stateFlag, packagesFlag("injection"),
 				&cli.StringFlag{Name: "listen", Category: cmdline.Configured, Usage: "where to serve, `ADDRESS:PORT`"},
 				&cli.StringFlag{Name: "tls-certificate", Category: cmdline.Configured,
 					Usage: "the server's certificate, `PEM`"},
@@ -58,7 +55,7 @@ provision. Ctrl-C ends it; after a restart it continues where it was.`,
 			Name: "report", Usage: "list every IMEI of a lot: what became of it, at which station, when",
 			ArgsUsage: "LOT", Description: "It prints CSV, or with --json one JSON document. A device has one line " +
 				"for each key that it was handed out with.",
-			Flags:  []cli.Flag{manufacturerFlag, stateFlag, injectionFlag, cmdline.JSON},
+			Flags:  []cli.Flag{manufacturerFlag, stateFlag, packagesFlag("injection"), cmdline.JSON},
 			Action: stationReport,
 		}},
 	}
