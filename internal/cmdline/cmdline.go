@@ -2,6 +2,7 @@
 package cmdline
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -303,7 +304,8 @@ func (p Program) prepare(parent string, commands []*cli.Command) {
 		any := least < len(want) && strings.HasSuffix(want[len(want)-1], "...]") // as many as one likes
 		c.Action = func(c *cli.Context) error {
 			if c.NArg() < least || c.NArg() > len(want) && !any {
-				return usage.Errorf("%s takes %s; see %s --help", name, describeArgs(want), name)
+				return usage.Errorf("%s takes %s; see %s --help", name,
+					cmp.Or(strings.Join(want, " "), "no arguments, only flags"), name)
 			}
 			return action(c)
 		}
@@ -332,13 +334,6 @@ func (p Program) addCommon(commands []*cli.Command) {
 // indent indents lines of examples.
 func indent(text string) string {
 	return "    " + strings.ReplaceAll(strings.TrimSpace(text), "\n", "\n    ")
-}
-
-func describeArgs(want []string) string {
-	if len(want) == 0 {
-		return "no arguments, only flags"
-	}
-	return strings.Join(want, " ")
 }
 
 // Require fails if one of these flags is missing.
