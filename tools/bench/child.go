@@ -121,9 +121,9 @@ func (b *bench) measureLookup() (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	all, err := b.lots()
-	if err != nil || all["L2048"] == nil {
-		return nil, errors.Join(errors.New("lot L2048 was not imported"), err)
+	lot, err := b.lot("2048")
+	if err != nil {
+		return nil, err
 	}
 	g := &generated{signer: signer, manifests: map[string]*directory.Manifest{}}
 	for range shardSize {
@@ -135,7 +135,7 @@ func (b *bench) measureLookup() (any, error) {
 	}
 	var served []*registry.Lot
 	for i := range lots {
-		m := *all["L2048"]
+		m := *lot
 		tac, err := kme.ParseTAC(fmt.Sprintf("35%06d", i))
 		if err != nil {
 			return nil, err
@@ -252,11 +252,10 @@ func (b *bench) through(variable string) (uri string, module *faultmodule.Module
 
 // aPayload makes a payload that the token processes in full and rejects: nobody has signed what it decrypts to.
 func (b *bench) aPayload() (p hsmkeys.Payload, err error) {
-	all, err := b.lots()
-	if err != nil || all["L2048"] == nil {
-		return p, errors.Join(errors.New("lot L2048 was not imported"), err)
+	m, err := b.lot("2048")
+	if err != nil {
+		return p, err
 	}
-	m := all["L2048"]
 	device, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return p, err

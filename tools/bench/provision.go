@@ -45,7 +45,6 @@ func (b *bench) provision(r *report) error {
 		cmd := exec.CommandContext(b.ctx, "bin/factory",
 			append([]string{"lot", "provision", lot, "--out", filepath.Join(b.dir, "provisioned"), "--json"},
 				flags...)...)
-		cmd.Stderr = nil
 		out, err := cmd.Output()
 		if err != nil {
 			return fmt.Errorf("factory lot provision: %w", err)
@@ -57,11 +56,11 @@ func (b *bench) provision(r *report) error {
 		if err := json.Unmarshal(out, &made); err != nil {
 			return err
 		}
-		p.Add(bare, float64(made.Made)/made.Seconds)
-		p.PeakRSS = max(p.PeakRSS,
-			float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
-		b.progress("device keys, %d of %d: token %.0f a second, published %.0f, %.3f", i+1, b.fewer(), bare,
-			float64(made.Made)/made.Seconds, float64(made.Made)/made.Seconds/bare)
+		perSecond := float64(made.Made) / made.Seconds
+		p.Add(bare, perSecond)
+		p.PeakRSS = max(p.PeakRSS, float64(cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)/1024)
+		b.progress("device keys, %d of %d: token %.0f a second, published %.0f, %.3f", i+1, b.fewer(), bare, perSecond,
+			perSecond/bare)
 	}
 	p.Finish()
 	p.PeakRSS = measure.Round(p.PeakRSS, 0)

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
-	"path/filepath"
 	"strconv"
 	"sync/atomic"
 	"time"
@@ -132,8 +131,7 @@ func (b *bench) measureRPC() (any, error) {
 
 // attached attaches devices, and gives their subscriptions, whose bindings are ACTIVE, and the device of each.
 func (b *bench) attached(hss *client.Client) (all []kme.IMSI, of map[kme.IMSI]kme.IMEI, err error) {
-	fleet, err := mesim.OpenFleet(filepath.Join(b.dir, "injection-2048"), filepath.Join(b.dir, "fixture.key"),
-		[]string{filepath.Join(b.dir, "fixture-enrolment.json")})
+	fleet, err := b.fleet()
 	if err != nil {
 		return nil, nil, err
 	}

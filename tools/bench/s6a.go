@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +13,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/freeport"
 	"github.com/kmehsm/kmehsm/internal/mesim"
 	"github.com/kmehsm/kmehsm/kme"
 	"github.com/kmehsm/kmehsm/tools/bench/measure"
@@ -129,8 +129,7 @@ func (s *s6aBench) prepare() error {
 			return err
 		}
 	}
-	in := func(name string) string { return filepath.Join(s.bench.dir, name) }
-	fleet, err := mesim.OpenFleet(in("injection-2048"), in("fixture.key"), []string{in("fixture-enrolment.json")})
+	fleet, err := s.fleet()
 	if err == nil {
 		s.devices, err = fleet.Devices(s.ctx, 0, 0)
 	}
@@ -142,17 +141,11 @@ func (s *s6aBench) imsi(i int) string { return fmt.Sprintf("%015d", s.first+int6
 // start starts an HSS and its MME, and waits until the HSS answers the MME.
 func (s *s6aBench) start(h *hssRun) error {
 	var ports [2]int
-	var listeners [2]net.Listener // both are open at once, so that the ports differ
 	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
+		var err error
+		if ports[i], err = freeport.On("127.0.0.1"); err != nil {
 			return err
 		}
-		ports[i] = l.Addr().(*net.TCPAddr).Port
-		listeners[i] = l
-	}
-	for _, l := range listeners {
-		l.Close()
 	}
 	name, extension := "plain", ""
 	if !h.plain {
@@ -342,13 +335,7 @@ func (s *s6aBench) cpu(h *hssRun) (s6aCPU, error) {
 }
 
 func medianCPU(all []s6aCPU) s6aCPU {
-	of := func(f func(s6aCPU) float64) float64 {
-		v := make([]float64, len(all))
-		for i, c := range all {
-			v[i] = f(c)
-		}
-		return measure.Round(measure.Median(v), 0)
-	}
+	of := func(f func(s6aCPU) float64) float64 { return measure.Round(medianOf(all, f), 0) }
 	return s6aCPU{HSS: of(func(c s6aCPU) float64 { return c.HSS }),
 		Keysvc: of(func(c s6aCPU) float64 { return c.Keysvc }),
 		MME:    of(func(c s6aCPU) float64 { return c.MME }), Load: of(func(c s6aCPU) float64 { return c.Load })}

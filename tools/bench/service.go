@@ -97,7 +97,7 @@ func (b *bench) half(name string, m *measured, ours run) error {
 	return nil
 }
 
-func medianOf(all []sample, f func(sample) float64) float64 {
+func medianOf[T any](all []T, f func(T) float64) float64 {
 	v := make([]float64, len(all))
 	for i, s := range all {
 		v[i] = f(s)
@@ -115,14 +115,10 @@ func (b *bench) eachLot(
 		return err
 	}
 	defer token.Close()
-	lots, err := b.lots()
-	if err != nil {
-		return err
-	}
 	for _, bits := range bits {
-		m := lots["L"+bits]
-		if m == nil {
-			return fmt.Errorf("lot L%s was not imported", bits)
+		m, err := b.lot(bits)
+		if err != nil {
+			return err
 		}
 		s, err := b.serve(config)
 		if err != nil {
@@ -139,18 +135,28 @@ func (b *bench) eachLot(
 	return nil
 }
 
-func (b *bench) lots() (map[string]*directory.Manifest, error) {
+// lot is the manifest of the lot of some bits.
+func (b *bench) lot(bits string) (*directory.Manifest, error) {
 	out, err := output(b.ctx, "bin/keysvc", "lot", "list", "--state", filepath.Join(b.dir, "keysvc"), "--json")
 	if err != nil {
 		return nil, err
 	}
 	var all struct{ Lots []*directory.Manifest }
-	err = json.Unmarshal(out, &all)
-	byName := map[string]*directory.Manifest{}
-	for _, m := range all.Lots {
-		byName[m.Lot] = m
+	if err := json.Unmarshal(out, &all); err != nil {
+		return nil, err
 	}
-	return byName, err
+	for _, m := range all.Lots {
+		if m.Lot == "L"+bits {
+			return m, nil
+		}
+	}
+	return nil, fmt.Errorf("lot L%s was not imported", bits)
+}
+
+// fleet has the devices of the lot of 2048 bits.
+func (b *bench) fleet() (*mesim.Fleet, error) {
+	return mesim.OpenFleet(filepath.Join(b.dir, "injection-2048"), filepath.Join(b.dir, "fixture.key"),
+		[]string{filepath.Join(b.dir, "fixture-enrolment.json")})
 }
 
 type establishment struct {
