@@ -10,12 +10,14 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"os"
 	"os/signal"
 	"runtime/debug"
+	"slices"
 	"syscall"
 
 	"github.com/hashicorp/go-hclog"
@@ -111,8 +113,8 @@ func run(path string) error {
 	}
 	core, err := vault.NewCore(&vault.CoreConfig{
 		Physical: backend, HAPhysical: backend.(physical.HABackend), Logger: log, DisableMlock: c.DisableMlock,
-		BuiltinRegistry: registry{}, LogicalBackends: map[string]logical.Factory{"kv": kv.Factory},
-		CredentialBackends: map[string]logical.Factory{"approle": approle.Factory, "cert": cert.Factory},
+		BuiltinRegistry: builtin, LogicalBackends: builtin[consts.PluginTypeSecrets],
+		CredentialBackends: builtin[consts.PluginTypeCredential],
 		AuditBackends:      map[string]audit.Factory{"file": audit.NewFileBackend},
 		RedirectAddr:       c.APIAddr, ClusterAddr: c.ClusterAddr,
 	})
@@ -152,34 +154,22 @@ func withTLS(ln net.Listener, certFile, keyFile, clientCA string) (net.Listener,
 	return tls.NewListener(ln, config), nil
 }
 
-// registry says which plug-ins are built in. They are those that run gives to the core.
-type registry struct{}
+// A registry has the plug-ins that are built in.
+type registry map[consts.PluginType]map[string]logical.Factory
 
-var builtin = map[string]consts.PluginType{"kv": consts.PluginTypeSecrets, "approle": consts.PluginTypeCredential,
-	"cert": consts.PluginTypeCredential}
-
-var factories = map[string]logical.Factory{"kv": kv.Factory, "approle": approle.Factory, "cert": cert.Factory}
-
-func (registry) Contains(name string, t consts.PluginType) bool {
-	have, ok := builtin[name]
-	return ok && have == t
+var builtin = registry{
+	consts.PluginTypeSecrets:    {"kv": kv.Factory},
+	consts.PluginTypeCredential: {"approle": approle.Factory, "cert": cert.Factory},
 }
+
+func (r registry) Contains(name string, t consts.PluginType) bool { return r[t][name] != nil }
 
 func (r registry) Get(name string, t consts.PluginType) (func() (any, error), bool) {
-	if !r.Contains(name, t) {
-		return nil, false
-	}
-	return func() (any, error) { return factories[name], nil }, true
+	factory, ok := r[t][name]
+	return func() (any, error) { return factory, nil }, ok
 }
 
-func (registry) Keys(t consts.PluginType) (names []string) {
-	for name, have := range builtin {
-		if have == t {
-			names = append(names, name)
-		}
-	}
-	return names
-}
+func (r registry) Keys(t consts.PluginType) []string { return slices.Collect(maps.Keys(r[t])) }
 
 func (r registry) DeprecationStatus(name string, t consts.PluginType) (consts.DeprecationStatus, bool) {
 	if r.Contains(name, t) {
