@@ -31,7 +31,7 @@ type Progress struct {
 	Generated int `json:"generated"` // of those, the ones whose injection package is whole
 	Done      int `json:"done"`      // of those, the ones whose keys are published, and were read back
 	Made      int `json:"made"`      // the ones that this run made keys for
-	Now       int `json:"now"`       // published by this run, of those that were not made before it: its own rate
+	Now       int `json:"now"`       // the ones that this run both made and published, for its rate
 
 	HSM     float64 `json:"hsm_share"`         // of the time of all workers so far, in the token
 	Publish float64 `json:"publish_share"`     // of the time of all publishers so far, in the directory
@@ -66,15 +66,14 @@ type ProvisionOptions struct {
 // writes together, as Vault does. Each holds one signed shard.
 const publishers = 16
 
-// Provision makes the keys of a lot's devices, shard by shard. A shard's injection package is whole and on disk before
-// its public keys are published, so that no key is ever published that nobody can inject; and the journal knows of it
-// before the directory does, so that no shard that was published once gets other keys. What is there already is checked
-// and left; so a run goes on where another stopped.
+// Provision makes the keys of a lot's devices, shard by shard. A shard's injection package is on disk before its public
+// keys are published, so no key is ever published that nobody can inject. The journal has the shard before the
+// directory has it, so a shard that was published once never gets other keys
+// (docs/decisions/0005-the-journal-before-the-directory.md). What is there already is checked and left as it is, so a
+// run goes on where another one stopped.
 //
-// The token does not wait for the directory: what is made waits on disk, in the journal, and not in memory. While the
-// directory is away the run goes on making keys, and says what it waits for.
-//
-// When ctx ends, the shards in flight are finished; the error is then ErrInterrupted.
+// While the directory is away, the run goes on making keys, which wait in the journal, and says what it waits for. When
+// ctx ends, the shards in flight are finished; the error is then ErrInterrupted.
 func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (Progress, error) {
 	m, err := l.usable(ctx, lot)
 	if err != nil {

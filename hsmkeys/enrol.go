@@ -17,11 +17,9 @@ import (
 // device keys), AES-256, and imports the RSA key that receives it. Only the security officer can make TRUSTED objects,
 // and only at creation, so it logs in as the security officer, once: no token of the URI may be open in the process.
 //
-// Each key leaves the token only as far as it must. Both are WRAP_WITH_TRUSTED, as lot keys are: they leave under a
-// TRUSTED key. The receiving key wraps, by its CKA_WRAP_TEMPLATE, nothing but its one key; a KEK wraps nothing but RSA
-// private keys; an injection key nothing but private keys that are not WRAP_WITH_TRUSTED, as device keys are. Otherwise
-// whoever has the user PIN could wrap a KEK for a fixture, whose key may be in software, and have every lot key that
-// the KEK has carried. An injection key is TRUSTED as a proof that the security officer has made it: see keyop.Find.
+// Both are WRAP_WITH_TRUSTED, and leave under a TRUSTED key only. By their CKA_WRAP_TEMPLATEs, the receiving key wraps
+// nothing but its one key, a KEK nothing but RSA private keys, and an injection key nothing but device keys. See
+// docs/decisions/0022-keys-go-where-they-belong.md.
 func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa.PublicKey) (created bool, err error) {
 	if err := weakkey.CheckWrapping(to); err != nil {
 		return false, err

@@ -202,11 +202,11 @@ func (s *session) patient() (*api.Client, error) {
 
 var errNoActive = errors.New("no node of this Vault is active")
 
-// retryPolicy is the client library's, and more. A standby that cannot forward a request redirects it to the active
-// node, which after an unsealing may be itself, or one that is not active any more. The library follows one
-// redirect, and takes the next for an answer without a body: a write would count as done, and a read as not found.
-// So only the server at own, the client's address, may redirect, and to another; else the request is tried again,
-// and in the end fails. One that would go to another machine without TLS is not sent.
+// retryPolicy is the client library's, with rules for redirects. A standby that cannot forward a request redirects it
+// to the active node. After an unsealing, that may be itself, or a node that is not active any more. The library
+// follows one redirect, and takes a second one for an answer without a body: a write would count as done, and a read as
+// not found. So only the server at own, the client's address, may redirect, and only to another server. Otherwise the
+// request is tried again, and in the end fails. A request that would go to another machine without TLS is not sent.
 func retryPolicy(own string) func(context.Context, *http.Response, error) (bool, error) {
 	return func(ctx context.Context, r *http.Response, err error) (bool, error) {
 		if err == nil && r.StatusCode >= 300 && r.StatusCode < 400 {
@@ -373,9 +373,9 @@ func (s *session) tokenAtLast(ctx context.Context, err error) (secret *api.Secre
 	return secret
 }
 
-// renew renews the token at half of its life, until the life that Vault still gives it is shorter than it was at first:
-// the token then nears the end of its longest life. It returns while the token is good, so that a new one is there
-// before this one ends; the client library's LifetimeWatcher waits longer, and left a gap.
+// renew renews the token when half of its life is over. It returns when Vault gives the token a clearly shorter life
+// than at first: then the token nears the end of its longest life. It is still good, so that there is time to get a new
+// one. The client library's LifetimeWatcher waits longer, and left a gap.
 func (s *session) renew(ctx context.Context, secret *api.Secret) (err error) {
 	defer panics.Recover(&err)
 	first := time.Duration(secret.Auth.LeaseDuration) * time.Second

@@ -123,8 +123,8 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 }
 
 // Sign signs the last line of a command. If commands run side by side, the last signature may not be of the last line:
-// then the next command's signature covers that. It refuses a log that does not have the line any more that was signed
-// last: the token would vouch for what somebody has made of it.
+// then the next command's signature covers that. It refuses a log without the line that was signed last: otherwise the
+// token would vouch for a log that somebody has changed.
 func (l Log) Sign(s *directory.Signer, head *Head) error {
 	if _, err := l.Verify(directory.NewVerifier(s.Public())); err != nil && !l.unsigned(err, head) {
 		return fmt.Errorf("the token does not sign it: %w; keep it as it is, find out who wrote to it, and bring back "+
@@ -137,9 +137,9 @@ func (l Log) Sign(s *directory.Signer, head *Head) error {
 	return durable.WriteFile(filepath.Join(l.Dir, headFile), jws, 0o600)
 }
 
-// unsigned says, by an error of Verify, whether there is no signature since none was made yet: before the line of head,
-// no command was done. Record signs before it logs that the first one is: whatever ends it there leaves no line that
-// nobody can sign any more.
+// unsigned says whether Verify has failed only because no signature was made yet: no command was done before the line
+// of head. Record signs once before it logs that the first command is done. So if it is interrupted in between, the
+// next command can still sign the log.
 func (l Log) unsigned(err error, head *Head) bool {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return false

@@ -103,8 +103,9 @@ func (m *Memory) Add(ctx context.Context, manifests []*directory.Manifest) error
 	return err
 }
 
-// Names are those of the lots that a line's folder remembers, sorted: all that were made there, and those that others
-// had made before the last of these. Without a memory there are none, and none is made.
+// Names are those of the lots that a line's folder remembers, sorted: the lots that were made with this folder, and all
+// others that the directory had when the last of them was made. If the folder has no memory, there are none, and no
+// memory is made.
 func Names(ctx context.Context, dir, manufacturer string) ([]string, error) {
 	if _, err := os.Stat(filepath.Join(dir, file)); errors.Is(err, fs.ErrNotExist) {
 		return nil, nil

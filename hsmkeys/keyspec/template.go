@@ -140,7 +140,7 @@ var (
 	})
 )
 
-// LotKeys are all that a KEK wraps, and DeviceKeys what an injection key wraps, which lot keys are not.
+// LotKeys fits the keys that a KEK wraps. DeviceKeys fits those that an injection key wraps; it fits no lot key.
 var (
 	LotKeys = ck.Attributes{
 		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY), ck.Attr(pkcs11.CKA_KEY_TYPE, pkcs11.CKK_RSA),

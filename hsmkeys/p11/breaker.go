@@ -11,7 +11,7 @@ type State int
 const (
 	Closed   State = iota // calls pass
 	Open                  // calls are refused at once, with ErrUnavailable
-	HalfOpen              // they still are, while the token is being reinitialised
+	HalfOpen              // calls are still refused; the token is being reinitialised
 )
 
 func (s State) String() string { return [...]string{"closed", "open", "half-open"}[s] }
@@ -26,8 +26,7 @@ type breaker struct {
 
 func newBreaker() *breaker { return &breaker{opened: make(chan struct{})} }
 
-// check gives the error that calls are refused with, nil if they are not; and a channel that is closed when there is
-// one.
+// check gives the error that calls are refused with; nil if they pass. The channel is closed when the breaker opens.
 func (b *breaker) check() (<-chan struct{}, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -38,9 +38,9 @@ type Basis int
 const (
 	// Settled: the token says whether the PIN is in shares, and in which.
 	Settled Basis = iota
-	// MaybeInterrupted: as it says, or as an interrupted change has left it.
+	// MaybeInterrupted: the token says it, but an interrupted change may have set another PIN.
 	MaybeInterrupted
-	// Anything: whatever the token says, the PIN that was given is tried; shares are still those of one split of this
+	// Anything: the PIN that was given is tried, whatever the token says. Shares must still be of one split of this
 	// token.
 	Anything
 )
