@@ -102,8 +102,8 @@ func (m *Manifest) ValidateSpec(bits int) error {
 	}
 	for i, r := range m.Ranges {
 		if r.TAC == (kme.TAC{}) || r.First < 0 || r.Count < 1 || r.First >= kme.SNRs || r.Count > kme.SNRs-r.First {
-			return fmt.Errorf("%d devices from serial number %d on cannot be: a TAC has the serial numbers 0 to %d, "+
-				"and a lot one device at least", r.Count, r.First, kme.SNRs-1)
+			return fmt.Errorf("a lot cannot have %d devices from serial number %d on: it has one device at least, and "+
+				"a TAC has the serial numbers 0 to %d", r.Count, r.First, kme.SNRs-1)
 		}
 		if slices.ContainsFunc(m.Ranges[:i], r.overlaps) {
 			return errors.New("two ranges of the lot overlap")

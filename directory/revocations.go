@@ -154,7 +154,7 @@ func (r *Revocations) check(m *Manifest) error {
 		}
 		last = ref.Part
 		if ref.Version < 1 || len(ref.SHA256) != sha256.Size || len(ref.Revoked) != len(m.bitmap(ref.Part)) {
-			return fmt.Errorf("what it says of part %d cannot be", ref.Part)
+			return fmt.Errorf("its entry for part %d is not valid", ref.Part)
 		}
 	}
 	return nil

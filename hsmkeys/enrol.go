@@ -83,8 +83,8 @@ func (b *base) checkRecipient(ctx context.Context, r Key, to *rsa.PublicKey) err
 			if have, err := keyspec.ReadRSA(s, h); err != nil {
 				return err
 			} else if have.N.Cmp(to.N) == 0 {
-				return fmt.Errorf("this key is enrolled already, as %q: whoever has its private half would have the "+
-					"one's keys and the other's; ask for a key of their own", a[1])
+				return fmt.Errorf("this key is enrolled already, as %q: whoever has its private half could open "+
+					"what is for either; ask for another key", a[1])
 			}
 		}
 		return nil

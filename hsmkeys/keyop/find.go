@@ -52,7 +52,7 @@ func checkMaker(t *p11.Token, s *p11.Session, class uint, h pkcs11.ObjectHandle,
 		ok, err = is(pkcs11.CKA_TRUSTED)
 	}
 	if err == nil && !ok {
-		err = fmt.Errorf("%s has an object %q that was not made by whom it should: others may know its value. "+
+		err = fmt.Errorf("%s has an object %q that the wrong user has made: others may know its value. "+
 			"Find out who made it, remove it with the token's own tool, and make the key anew", t, k.Label())
 	}
 	return err

@@ -66,8 +66,8 @@ func (s *signer) current(in *p11.Session) (*found, error) {
 		return nil, err
 	}
 	if under == nil {
-		return nil, fmt.Errorf("%s signs for no manufacturer: its module wants x-init-reserved, which crypto11 "+
-			"cannot give", s.t)
+		return nil, fmt.Errorf("%s cannot sign for a manufacturer: its module needs x-init-reserved, which crypto11 "+
+			"cannot pass on", s.t)
 	}
 	signers, err := under.FindKeyPairs(s.k.ID(), nil)
 	if err != nil {
