@@ -178,7 +178,7 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 		return p.progress, err
 	}
 	if err := p.j.Plan(p.m.Lot, p.o.From, p.o.To); err != nil {
-		return p.progress, fmt.Errorf("the journal cannot be written: %w", err)
+		return p.progress, err
 	}
 	p.next.Store(int64(p.o.From))
 
@@ -280,7 +280,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 		return err
 	}
 	if err := p.j.Generated(p.m.Lot, n, packed.Package, jws); err != nil {
-		return fmt.Errorf("the journal cannot be written: %w", err)
+		return err
 	}
 	p.note(func(r *Progress) { r.Generated += devices; r.Made += made })
 	p.backlog <- n

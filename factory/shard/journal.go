@@ -49,7 +49,8 @@ func (j *Journal) to(operation string) sqlconn.Conn {
 
 // exec ignores cancellation: a shard that was begun is finished.
 func (j *Journal) exec(operation, query string, args ...any) error {
-	return j.to(operation).Named(j.write.Exec(context.Background(), query, args...))
+	conn := sqlconn.Conn{Operation: "the journal cannot be written: " + operation}
+	return conn.Named(j.write.Exec(context.Background(), query, args...))
 }
 
 // An Entry is what the journal has of a shard. The zero Entry means that it was never begun.
