@@ -33,7 +33,6 @@ type Token interface {
 	EnsureSigningKey(ctx context.Context, k hsmkeys.Key) (created bool, err error)
 	Signer(k hsmkeys.Key) (crypto.Signer, error)
 	Fixtures(ctx context.Context, manufacturer string) ([]string, error)
-	WrapEnrolled(ctx context.Context, k hsmkeys.Key) ([]byte, error)
 	EnsureLotKey(ctx context.Context, k hsmkeys.Key, bits int, primes hsmkeys.Primes) (*rsa.PublicKey, string, error)
 	RemoveLotKey(ctx context.Context, k hsmkeys.Key) error
 	ProveLotKey(ctx context.Context, k hsmkeys.Key, pub *rsa.PublicKey) error
