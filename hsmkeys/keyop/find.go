@@ -14,22 +14,18 @@ import (
 // Find looks a key up by CKA_ID, and fails with ErrNoKey. Two keys of one ID are an error: neither can be trusted.
 func Find(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.ObjectHandle, error) {
 	return t.Remembered(p11.Object{Class: class, ID: string(k.ID())}, func() (pkcs11.ObjectHandle, error) {
-		return lookUp(t, s, class, k)
+		found, err := findAll(s, class, k)
+		switch {
+		case err != nil:
+			return 0, err
+		case len(found) == 0:
+			return 0, fmt.Errorf("%s: %w", k.Label(), p11.ErrNoKey)
+		case len(found) > 1:
+			return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the "+
+				"token's own tool", t, len(found), k.Label())
+		}
+		return found[0], checkMaker(t, s, class, found[0], k)
 	})
-}
-
-func lookUp(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) (pkcs11.ObjectHandle, error) {
-	found, err := findAll(s, class, k)
-	switch {
-	case err != nil:
-		return 0, err
-	case len(found) == 0:
-		return 0, fmt.Errorf("%s: %w", k.Label(), p11.ErrNoKey)
-	case len(found) > 1:
-		return 0, fmt.Errorf("%s has %d objects %q: only one of them can be ours; remove the others with the token's "+
-			"own tool", t, len(found), k.Label())
-	}
-	return found[0], checkMaker(t, s, class, found[0], k)
 }
 
 // checkMaker refuses an object that looks like a key of ours and that others could have made. CKA_ID and label prove

@@ -17,8 +17,7 @@ const OAEP = pkcs11.CKM_RSA_PKCS_OAEP
 const WrappedRoom = 4096
 
 var (
-	p256OID       = asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7}
-	P256Params, _ = asn1.Marshal(p256OID)
+	P256Params, _ = asn1.Marshal(asn1.ObjectIdentifier{1, 2, 840, 10045, 3, 1, 7})
 	rsaExponent   = []byte{1, 0, 1} // kme.PublicExponent
 )
 
