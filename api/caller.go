@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -111,7 +112,7 @@ const maxNames = 8
 
 // describe gives a certificate's names, for the log. Its fingerprint is in the Actor.
 func describe(c *x509.Certificate) []any {
-	names := append([]string(nil), c.DNSNames...)
+	names := slices.Clone(c.DNSNames)
 	for _, uri := range c.URIs {
 		names = append(names, uri.String())
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"iter"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -220,12 +221,7 @@ type BindingQuery struct {
 // Has says whether an IMSI is one that the query asks for.
 func (q *BindingQuery) Has(imsi string) bool {
 	begins := func(with []string) bool {
-		for _, p := range with {
-			if strings.HasPrefix(imsi, p) {
-				return true
-			}
-		}
-		return false
+		return slices.ContainsFunc(with, func(p string) bool { return strings.HasPrefix(imsi, p) })
 	}
 	return (q.After == "" || imsi > q.After) && (q.Within == nil || begins(q.Within)) && !begins(q.Without)
 }

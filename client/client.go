@@ -326,8 +326,8 @@ func explain(err error) (error, bool) {
 	if refused, ok := errors.AsType[*Error](err); ok {
 		return err, refused.Temporary()
 	}
-	var e *connect.Error
-	if !errors.As(err, &e) {
+	e, ok := errors.AsType[*connect.Error](err)
+	if !ok {
 		return err, false
 	}
 	if reason := e.Meta().Get(kme.ReasonHeader); reason != "" {

@@ -280,8 +280,8 @@ func unsent(err error) bool {
 
 // notBegun says whether a call that has failed was certainly not begun: then any call may be made again.
 func notBegun(err error) bool {
-	var connection *net.OpError
-	return errors.Is(err, errEnded) || errors.As(err, &connection) && connection.Op == "dial"
+	connection, ok := errors.AsType[*net.OpError](err)
+	return errors.Is(err, errEnded) || ok && connection.Op == "dial"
 }
 
 // refusal makes the error of a call.

@@ -175,10 +175,8 @@ func ParseOrigin(s string) (Origin, error) {
 	if len(s) > maxOrigin {
 		return Origin{}, fmt.Errorf("an origin has at most %d characters; this has %d", maxOrigin, len(s))
 	}
-	for i := range len(s) {
-		if s[i] <= ' ' || s[i] > '~' {
-			return Origin{}, errors.New("an origin has printable ASCII characters only, and no spaces")
-		}
+	if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
+		return Origin{}, errors.New("an origin has printable ASCII characters only, and no spaces")
 	}
 	return Origin{name: strings.ToLower(s)}, nil
 }
@@ -205,10 +203,5 @@ func luhn(s string) byte {
 }
 
 func allDigits(s string) bool {
-	for i := range len(s) {
-		if s[i] < '0' || s[i] > '9' {
-			return false
-		}
-	}
-	return true
+	return !strings.ContainsFunc(s, func(r rune) bool { return r < '0' || r > '9' })
 }

@@ -106,13 +106,13 @@ func (e *Subscription) stands(k binding.Known) {
 	}
 }
 
-func last(history []binding.Entry, event binding.Event) (found *binding.Entry) {
-	for i := range history {
-		if history[i].Event == event {
-			found = &history[i]
+func last(history []binding.Entry, event binding.Event) *binding.Entry {
+	for _, e := range slices.Backward(history) {
+		if e.Event == event {
+			return &e
 		}
 	}
-	return found
+	return nil
 }
 
 // by names the actor of an entry.

@@ -3,6 +3,7 @@ package refusals
 
 import (
 	"encoding/json"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -64,18 +65,11 @@ func (r *Memory) Save() ([]byte, error) {
 		return nil, nil
 	}
 	r.changed = false
-	all := make([]Past, 0, len(r.last)+len(r.older))
-	for imsi, p := range r.older {
-		if _, again := r.last[imsi]; !again {
-			all = append(all, p)
-		}
-	}
-	for _, p := range r.last {
-		all = append(all, p)
-	}
+	all := map[kme.IMSI]Past{}
+	maps.Copy(all, r.older)
+	maps.Copy(all, r.last)
 	r.mu.Unlock()
-	slices.SortFunc(all, func(a, b Past) int { return a.Time.Compare(b.Time) })
-	return json.Marshal(all)
+	return json.Marshal(slices.SortedFunc(maps.Values(all), func(a, b Past) int { return a.Time.Compare(b.Time) }))
 }
 
 // Load remembers what was saved.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding"
@@ -128,13 +129,8 @@ func standing(ctx context.Context, store binding.Store, b *binding.Binding, now 
 	if err != nil {
 		return nil, err
 	}
-	var all []*binding.Binding
-	for _, b := range []*binding.Binding{sub.Active, sub.Pending} {
-		if b != nil {
-			all = append(all, b)
-		}
-	}
-	return all, nil
+	all := []*binding.Binding{sub.Active, sub.Pending}
+	return slices.DeleteFunc(all, func(b *binding.Binding) bool { return b == nil }), nil
 }
 
 // ParseSince gives a time before now: a duration ago, or a date, or a time by RFC 3339.

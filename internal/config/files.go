@@ -209,8 +209,7 @@ func notHad(address string, err error) error {
 		return fmt.Errorf("%s is no address of this machine (ip address shows them): choose another", address)
 	case errors.Is(err, syscall.EACCES):
 		return fmt.Errorf("this user may not listen at %s: choose a port above 1023", address)
-	}
-	if _, ok := errors.AsType[*net.DNSError](err); ok {
+	case errors.As(err, new(*net.DNSError)):
 		return fmt.Errorf("the host of %s is not known (getent hosts shows what is): choose an address of this machine",
 			address)
 	}

@@ -80,10 +80,11 @@ func (r Run) Attach(ctx context.Context, tamper Tamper) (*AttachResult, error) {
 	result := &AttachResult{Rejected: map[string]int{}}
 	a := &attaching{Run: r, tamper: tamper}
 	if tamper == "other-lot" {
-		var err error
-		if a.other, err = otherModulus(r.Devices[0].lot); err != nil {
+		other, err := rsa.GenerateKey(rand.Reader, r.Devices[0].lot.public.N.BitLen())
+		if err != nil {
 			return result, err
 		}
+		a.other = &other.PublicKey
 	}
 	start := time.Now()
 	var mu sync.Mutex

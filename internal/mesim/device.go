@@ -3,7 +3,6 @@ package mesim
 import (
 	"crypto"
 	"crypto/aes"
-	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -44,15 +43,6 @@ func (d *Device) sign(key crypto.Signer, imsi kme.IMSI) (*Message, error) {
 func (m *Message) encrypt(suite kme.Suite, lot *rsa.PublicKey) (err error) {
 	m.Payload, err = suite.Encrypt(lot, &m.plain)
 	return err
-}
-
-// otherModulus is another key than a lot's, of the same length.
-func otherModulus(l *lot) (*rsa.PublicKey, error) {
-	k, err := rsa.GenerateKey(rand.Reader, l.public.N.BitLen())
-	if err != nil {
-		return nil, err
-	}
-	return &k.PublicKey, nil
 }
 
 // check is how the device checks the network.

@@ -275,11 +275,8 @@ func (a *attaching) playS6a(ctx context.Context, imsi kme.IMSI, imei kme.IMEI, m
 
 // reasonOfS6a names the refusals of S6a; empty for any other error.
 func reasonOfS6a(err error) string {
-	var e resultError
-	if !errors.As(err, &e) {
-		return ""
-	}
-	if e.status != "-" {
+	e, ok := errors.AsType[resultError](err)
+	if ok && e.status != "-" {
 		return e.result + "/" + e.status
 	}
 	return e.result

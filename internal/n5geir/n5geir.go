@@ -111,7 +111,7 @@ func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 			q.Imei = imei.String()
 			return err
 		}},
-		{name: "supi", mandatory: false, check: func(supi string) error {
+		{name: "supi", check: func(supi string) error {
 			imsi, err := kme.ParseSUPI(supi)
 			if errors.Is(err, kme.ErrOtherIdentity) {
 				return nil
@@ -119,8 +119,8 @@ func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 			q.Imsi = imsi.String()
 			return err
 		}},
-		{name: "gpsi", mandatory: false, check: matches(gpsi, "msisdn-, or extid- with @")},
-		{name: "supported-features", mandatory: false, check: matches(features, "hexadecimal")},
+		{name: "gpsi", check: matches(gpsi, "msisdn-, or extid- with @")},
+		{name: "supported-features", check: matches(features, "hexadecimal")},
 	}
 	values, err := url.ParseQuery(query)
 	if err != nil {
@@ -185,8 +185,8 @@ var problems = map[kme.Reason]problem{
 
 // refused tells an AMF what it may know.
 func refused(err error) *problem {
-	var r *binding.Refusal
-	if !errors.As(err, &r) {
+	r, ok := errors.AsType[*binding.Refusal](err)
+	if !ok {
 		return &problem{Status: http.StatusInternalServerError, Cause: "UNSPECIFIED_NF_FAILURE"}
 	}
 	if r.Reason == kme.UnknownDevice {

@@ -2,6 +2,7 @@ package n5geir
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -90,7 +91,7 @@ func (r *Registration) Run(ctx context.Context) {
 		case ctx.Err() != nil:
 		default:
 			// After a heartbeat that got no answer we may still be there: to register again is safe.
-			registered, wait, every = false, r.pause(), heartbeat
+			registered, wait, every = false, cmp.Or(r.retry, retry), heartbeat
 			if text := err.Error(); text != last {
 				r.Log.Warn("the NRF has not answered as it should; it is asked again", "nrf", r.URL, "cause", text)
 				last = text
@@ -108,13 +109,6 @@ func (r *Registration) Run(ctx context.Context) {
 		case <-time.After(wait):
 		}
 	}
-}
-
-func (r *Registration) pause() time.Duration {
-	if r.retry > 0 {
-		return r.retry
-	}
-	return retry
 }
 
 // register gives how often the NRF wants a heartbeat. We send one after two thirds of that time.

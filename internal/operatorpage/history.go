@@ -1,6 +1,7 @@
 package operatorpage
 
 import (
+	"cmp"
 	"slices"
 	"sync"
 	"time"
@@ -75,13 +76,6 @@ func (h *History) Day(steps int, names ...string) (all []Series) {
 // most sorts series by their total, the largest first, and leaves out those without.
 func most(all []Series) []Series {
 	all = slices.DeleteFunc(all, func(s Series) bool { return s.Total == 0 })
-	slices.SortStableFunc(all, func(a, b Series) int {
-		if a.Total != b.Total && a.Total > b.Total {
-			return -1
-		} else if a.Total < b.Total {
-			return 1
-		}
-		return 0
-	})
+	slices.SortStableFunc(all, func(a, b Series) int { return cmp.Compare(b.Total, a.Total) })
 	return all
 }

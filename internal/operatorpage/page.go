@@ -11,6 +11,7 @@ import (
 	"html/template"
 	"math"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -325,20 +326,14 @@ const (
 func newPlot(s Series, title, class string, now time.Time) plot {
 	p := plot{Title: title, Class: class, ID: "plot-" + s.Name, Total: s.Total, Width: bars * barWidth,
 		Height: plotHeight}
-	peak, when := 0.0, 0
-	for i, n := range s.Steps {
-		if n > peak {
-			peak, when = n, i
-		}
-	}
-	p.Top = roundUp(peak)
-	p.Peak = "none"
+	peak := slices.Max(s.Steps)
+	p.Top, p.Peak = roundUp(peak), "none"
 	begins := func(step int) time.Time {
 		return now.Add(-time.Duration(bars-step) * 24 * time.Hour / bars)
 	}
 	if peak > 0 {
 		p.Peak = fmt.Sprintf("the most in a quarter of an hour %s, from %s UTC", number(peak),
-			begins(when).UTC().Format("15:04"))
+			begins(slices.Index(s.Steps, peak)).UTC().Format("15:04"))
 	}
 	for i, n := range s.Steps {
 		if n > 0 {

@@ -95,12 +95,7 @@ func ParseSecret(text string) ([]byte, error) {
 
 // New makes a Sender, which sends while Run does.
 func New(o Options) *Sender {
-	if o.Pause == 0 {
-		o.Pause = time.Second
-	}
-	if o.GiveUp == 0 {
-		o.GiveUp = 24 * time.Hour
-	}
+	o.Pause, o.GiveUp = cmp.Or(o.Pause, time.Second), cmp.Or(o.GiveUp, 24*time.Hour)
 	client := *o.Client
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	o.Client = &client
