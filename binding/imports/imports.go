@@ -66,17 +66,14 @@ func Enroll(ctx context.Context, token Token, store registry.Store, by Enrolment
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range manufacturers {
-		if m.KeyID != e.Manufacturer {
-			continue
-		}
-		if m.Verdict.Withdrawn {
-			return nil, distrustedError(m.KeyID, m.Verdict)
+	if before := registry.ManufacturerOf(manufacturers, e.Manufacturer); before != nil {
+		if before.Verdict.Withdrawn {
+			return nil, distrustedError(before)
 		}
 		if len(by.TACs) == 0 {
-			by.TACs = m.TACs
+			by.TACs = before.TACs
 		}
-		by.Directory = cmp.Or(by.Directory, m.Directory)
+		by.Directory = cmp.Or(by.Directory, before.Directory)
 	}
 	m := &registry.Manufacturer{
 		KeyID: e.Manufacturer, PEM: string(by.PEM), Operator: e.Operator, Directory: by.Directory, TACs: by.TACs,
@@ -116,9 +113,7 @@ func Enroll(ctx context.Context, token Token, store registry.Store, by Enrolment
 // what it has left. newTACs says whether the TACs were named now.
 func Replaced(m *registry.Manufacturer, before []*registry.Manufacturer, newTACs bool) (says []string) {
 	say := func(format string, args ...any) { says = append(says, fmt.Sprintf(format, args...)) }
-	at := slices.IndexFunc(before, func(was *registry.Manufacturer) bool { return was.KeyID == m.KeyID })
-	if at >= 0 {
-		was := before[at]
+	if was := registry.ManufacturerOf(before, m.KeyID); was != nil {
 		if was.Operator != m.Operator {
 			say("before, it was enrolled as operator %s, whose grants are refused from now on", was.Operator)
 		}
@@ -186,8 +181,8 @@ func checkTACs(lot *directory.Manifest, manufacturers []*registry.Manufacturer, 
 		}
 		if len(m.TACs) > 0 && !slices.Contains(m.TACs, r.TAC) {
 			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC "+
-				"too, run keysvc enroll "+
-				"again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC, m.KeyID, m.TACs)
+				"too, run keysvc enroll again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC, m.KeyID,
+				m.TACs)
 		}
 	}
 	return nil
@@ -201,10 +196,8 @@ func enrolledBefore(ctx context.Context, token Token, store registry.Store, manu
 	if err != nil {
 		return err
 	}
-	enrolled := slices.ContainsFunc(manufacturers, func(o *registry.Manufacturer) bool {
-		return o.KeyID == m.KeyID && o.Operator == m.Operator
-	})
-	if !has || !enrolled {
+	before := registry.ManufacturerOf(manufacturers, m.KeyID)
+	if !has || before == nil || before.Operator != m.Operator {
 		return fmt.Errorf("the enrolment was made for transport key %s, which this token has not got: make one with "+
 			"keysvc transport new, and have the manufacturer enrol that", e.TransportKey)
 	}
@@ -229,20 +222,20 @@ func ImportLot(
 	if err != nil {
 		return nil, fmt.Errorf("the grant is refused: %w", err)
 	}
-	for _, m := range manufacturers {
-		if m.KeyID == signer {
-			return importLot(ctx, token, store, manufacturers, m, jws, again)
-		}
+	m := registry.ManufacturerOf(manufacturers, signer)
+	switch {
+	case m == nil:
+		return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
+	case m.Verdict.Withdrawn:
+		return nil, distrustedError(m)
 	}
-	return nil, fmt.Errorf("the grant is signed by %s, a manufacturer who is not enrolled", signer)
+	return importLot(ctx, token, store, manufacturers, m, jws, again)
 }
 
-func importLot(ctx context.Context, token Token, store registry.Store, manufacturers []*registry.Manufacturer,
-	m *registry.Manufacturer, jws []byte,
-	again *registry.Verdict) (*registry.Lot, error) {
-	if m.Verdict.Withdrawn {
-		return nil, distrustedError(m.KeyID, m.Verdict)
-	}
+func importLot(
+	ctx context.Context, token Token, store registry.Store, manufacturers []*registry.Manufacturer,
+	m *registry.Manufacturer, jws []byte, again *registry.Verdict,
+) (*registry.Lot, error) {
 	verifier, err := directory.ParseVerifier([]byte(m.PEM))
 	if err != nil {
 		return nil, err

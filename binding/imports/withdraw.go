@@ -3,7 +3,6 @@ package imports
 import (
 	"context"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding/registry"
@@ -21,9 +20,9 @@ func NewVerdict(withdrawn bool, by, reason string) (v registry.Verdict, err erro
 		Time: time.Now().UTC().Truncate(time.Millisecond)}, nil
 }
 
-func distrustedError(manufacturer string, v registry.Verdict) error {
-	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first",
-		manufacturer, v)
+func distrustedError(m *registry.Manufacturer) error {
+	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first", m.KeyID,
+		m.Verdict)
 }
 
 // Distrust ends the service of all lots of a manufacturer, and refuses its enrolments and grants. Bindings stay, and
@@ -41,8 +40,8 @@ func DistrustLoss(ctx context.Context, store registry.Store, manufacturer string
 	if err != nil {
 		return "", err
 	}
-	at := slices.IndexFunc(manufacturers, func(m *registry.Manufacturer) bool { return m.KeyID == manufacturer })
-	if at < 0 || manufacturers[at].Verdict.Withdrawn {
+	m := registry.ManufacturerOf(manufacturers, manufacturer)
+	if m == nil || m.Verdict.Withdrawn {
 		return "", nil
 	}
 	lots, err := store.Lots(ctx)
@@ -53,7 +52,7 @@ func DistrustLoss(ctx context.Context, store registry.Store, manufacturer string
 		}
 	}
 	return fmt.Sprintf("Manufacturer %s, enrolled as operator %s: none of its lots is served any more, %d by now, and "+
-		"no device of theirs is bound any more.", manufacturer, manufacturers[at].Operator, served), err
+		"no device of theirs is bound any more.", manufacturer, m.Operator, served), err
 }
 
 // Trust undoes Distrust. It fails if IMEIs of a lot now belong to another lot, or a TAC to another manufacturer.
@@ -65,19 +64,16 @@ func Trust(
 		return registry.Verdict{}, err
 	}
 	return store.Decide(ctx, manufacturer, "", v, func(all []*registry.Lot) error {
-		for _, m := range manufacturers {
-			if m.KeyID == manufacturer {
-				if err := checkPins(all, manufacturers, m); err != nil {
-					return err
-				}
+		if m := registry.ManufacturerOf(manufacturers, manufacturer); m != nil {
+			if err := checkPins(all, manufacturers, m); err != nil {
+				return err
 			}
 		}
 		for _, l := range all {
-			if l.Manufacturer != manufacturer || l.Retired.Withdrawn {
-				continue
-			}
-			if err := checkLot(l, all, false); err != nil {
-				return err
+			if l.Manufacturer == manufacturer && !l.Retired.Withdrawn {
+				if err := checkLot(l, all, false); err != nil {
+					return err
+				}
 			}
 		}
 		return nil

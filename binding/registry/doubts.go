@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
 )
 
 // A Doubt is why a key that a binding rests on is not to be trusted any more.
@@ -27,47 +29,44 @@ const (
 // ReadManifests reads the manifest of each lot whose manufacturer is trusted. So a missing directory is an error, and
 // does not look like one without revocations.
 func (l *Lots) ReadManifests(ctx context.Context) error {
-	for name, lot := range l.imported {
-		if err := lot.readManifest(ctx, name); err != nil {
+	for _, lot := range l.imported {
+		if err := lot.readManifest(ctx); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (l *ImportedLot) readManifest(ctx context.Context, name lotName) error {
+func (l *ImportedLot) readManifest(ctx context.Context) error {
 	if l.TrustedLot == nil {
 		return nil
 	}
-	if _, err := l.Reader.Manifest(ctx, name.lot); err != nil {
-		return unknownRevocations(name, err)
+	if _, err := l.Reader.Manifest(ctx, l.Manifest.Lot); err != nil {
+		return unknownRevocations(l.Manifest, err)
 	}
 	return nil
 }
 
 // Doubts gives the doubts about a binding's key. It needs the directory of the manufacturer, if that is trusted.
 func (l *Lots) Doubts(ctx context.Context, b Basis) ([]Doubt, error) {
-	name := lotName{manufacturer: b.Manufacturer, lot: b.Lot}
-	if lot := l.imported[name]; lot != nil {
-		if err := lot.readManifest(ctx, name); err != nil {
+	if lot := l.imported[b.lotName()]; lot != nil {
+		if err := lot.readManifest(ctx); err != nil {
 			return nil, err
 		}
 	}
 	return l.DoubtsOf(ctx, b)
 }
 
-func unknownRevocations(n lotName, err error) error {
-	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", n.lot,
-		n.manufacturer, err)
+func unknownRevocations(m *directory.Manifest, err error) error {
+	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", m.Lot, m.Manufacturer, err)
 }
 
 // DoubtsOf is Doubts for many bindings. Call ReadManifests before.
 func (l *Lots) DoubtsOf(ctx context.Context, b Basis) (doubts []Doubt, err error) {
-	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
+	lot := l.imported[b.lotName()]
 	if lot == nil {
 		return nil, fmt.Errorf("IMSI %s is bound to a device of lot %s of manufacturer %s, which was not imported: "+
-			"the database is damaged",
-			b.IMSI, b.Lot, b.Manufacturer)
+			"the database is damaged", b.IMSI, b.Lot, b.Manufacturer)
 	}
 	if v := lot.Retired; v.Withdrawn {
 		doubts = append(doubts, Doubt{Why: LotRetired, Reason: v.Reason, Time: v.Time})
@@ -77,7 +76,7 @@ func (l *Lots) DoubtsOf(ctx context.Context, b Basis) (doubts []Doubt, err error
 	}
 	history, whole, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
 	if err != nil {
-		return nil, unknownRevocations(lotName{manufacturer: b.Manufacturer, lot: b.Lot}, err)
+		return nil, unknownRevocations(lot.Manifest, err)
 	}
 	if whole != nil {
 		doubts = append(doubts, Doubt{Why: LotRevoked, Reason: whole.Reason, Time: whole.Time})

@@ -239,7 +239,7 @@ func (l *Lots) Revoked(b Basis) (bool, error) {
 			return revoked, err
 		}
 	}
-	of := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
+	of := l.imported[b.lotName()]
 	switch {
 	case of == nil:
 		return false, fmt.Errorf("lot %s of manufacturer %s is not known here: reload the lots (SIGHUP)", b.Lot,
@@ -252,13 +252,13 @@ func (l *Lots) Revoked(b Basis) (bool, error) {
 
 // Trusts says whether a binding rests on a key of a manufacturer who is not distrusted.
 func (l *Lots) Trusts(b Basis) bool {
-	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
+	lot := l.imported[b.lotName()]
 	return lot != nil && lot.TrustedLot != nil
 }
 
 // Reissued says whether the device of a trusted binding was issued another key since.
 func (l *Lots) Reissued(ctx context.Context, b Basis) (bool, error) {
-	lot := l.imported[lotName{manufacturer: b.Manufacturer, lot: b.Lot}]
+	lot := l.imported[b.lotName()]
 	history, _, err := lot.Reader.RevocationsOf(ctx, lot.Manifest, b.IMEI)
 	if err != nil {
 		return false, err

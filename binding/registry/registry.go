@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -31,6 +32,14 @@ func (m *Manufacturer) State() string {
 		return "distrusted"
 	}
 	return "trusted"
+}
+
+// ManufacturerOf is the one of a key id; nil if there is none.
+func ManufacturerOf(all []*Manufacturer, keyID string) *Manufacturer {
+	if i := slices.IndexFunc(all, func(m *Manufacturer) bool { return m.KeyID == keyID }); i >= 0 {
+		return all[i]
+	}
+	return nil
 }
 
 // A Lot is one whose private key is in the operator's token.
@@ -116,3 +125,5 @@ type Basis struct {
 	Lot          string
 	DeviceKey    int // which key of the device: 0 for its first, 1 for the next one that it was issued
 }
+
+func (b Basis) lotName() lotName { return lotName{manufacturer: b.Manufacturer, lot: b.Lot} }
