@@ -89,7 +89,7 @@ func fromStore(ctx context.Context, err error) error {
 	case errors.Is(err, ErrRolledBack):
 		return refuse(kme.RolledBack, "the database is an earlier one than the service has written: an administrator "+
 			"has to settle that", err)
-	case errors.As(err, new(*DamagedRow)):
+	case IsDamaged(err):
 		return refuse(kme.Damaged, "what the database has about this is not what the service wrote: an administrator "+
 			"has to settle that", err)
 	}

@@ -2,7 +2,6 @@ package binding
 
 import (
 	"context"
-	"errors"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding/refusals"
@@ -32,7 +31,8 @@ func ReadKnown(
 ) (k Known, err error) {
 	k = Known{IMSI: imsi, Refused: refused}
 	k.Subscription, err = store.Subscription(ctx, imsi, now)
-	if k.Damaged = Damage(err); k.Damaged != nil {
+	if IsDamaged(err) {
+		k.Damaged = err
 		return k, nil
 	}
 	if err == nil {
@@ -92,12 +92,4 @@ func (s *Service) KnownDevice(ctx context.Context, imei kme.IMEI, q BindingQuery
 	k.Manufacturer, k.Lot, k.Retired = lot.Manifest.Manufacturer, lot.Manifest.Lot, lot.Retired
 	k.Revoked, k.Unknown = lot.Reader.Revoked(lot.Manifest, imei)
 	return k, nil
-}
-
-// Damage is err if it says that rows of a subscription are damaged; else nil.
-func Damage(err error) error {
-	if errors.As(err, new(*DamagedRow)) {
-		return err
-	}
-	return nil
 }

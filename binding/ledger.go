@@ -171,6 +171,9 @@ func (e *DamagedRow) Line() string {
 	return fmt.Sprint(e.Table, " ", key, " ", e.What)
 }
 
+// IsDamaged says whether an error is a *DamagedRow.
+func IsDamaged(err error) bool { return errors.As(err, new(*DamagedRow)) }
+
 // ErrRolledBack: the ledger is behind its high-water mark.
 var ErrRolledBack = errors.New("the database is an earlier one than the service has written: bring back the last " +
 	"one; or, if there is no other, accept this one with keysvc store accept-rollback")

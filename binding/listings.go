@@ -88,7 +88,7 @@ func (l *listed) load(ctx context.Context) (changes int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
-		if l.err != nil || errors.As(err, new(*DamagedRow)) || errors.Is(err, ErrRolledBack) {
+		if l.err != nil || IsDamaged(err) || errors.Is(err, ErrRolledBack) {
 			l.err = err
 		}
 		return 0, err

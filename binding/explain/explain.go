@@ -272,7 +272,7 @@ func RevocationLoss(imsi kme.IMSI, s *binding.Subscription, err error) (string, 
 		}
 		lost = fmt.Sprintf("it is bound to IMEI %s, of lot %s, since %s", b.IMEI, b.Lot,
 			b.Established.Format(time.RFC3339))
-	} else if binding.Damage(err) == nil {
+	} else if !binding.IsDamaged(err) {
 		return "", err
 	}
 	return fmt.Sprintf("IMSI %s: %s. Its KME will be forgotten, and its next attach may bind it to whatever device.",
