@@ -67,8 +67,13 @@ type auditLog struct {
 
 // copy writes all entries that are not in the folder yet.
 func (a *auditLog) copy(ctx context.Context) error {
+	if a.upTo == nil {
+		if err := a.begin(ctx); err != nil {
+			return err
+		}
+	}
 	for {
-		lines, err := a.next(ctx)
+		lines, err := a.store.Lines(ctx, a.upTo, copyMost)
 		if err != nil || len(lines) == 0 {
 			return err
 		}
@@ -87,26 +92,14 @@ func (a *auditLog) copy(ctx context.Context) error {
 	}
 }
 
-// next gives the next entries to be written.
-func (a *auditLog) next(ctx context.Context) ([]binding.Line, error) {
-	if a.upTo == nil {
-		upTo, err := a.begin(ctx)
-		if err != nil {
-			return nil, err
-		}
-		a.upTo = upTo
-	}
-	return a.store.Lines(ctx, a.upTo, copyMost)
-}
-
 // begin finds out which entries the folder has. An empty folder begins at the present end of the ledger.
-func (a *auditLog) begin(ctx context.Context) (*binding.Mark, error) {
+func (a *auditLog) begin(ctx context.Context) error {
 	if err := durable.Mkdir(a.dir, 0o700); err != nil {
-		return nil, err
+		return err
 	}
 	files, err := auditLogFiles(a.dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, file := range slices.Backward(files) {
 		var last *binding.Mark
@@ -116,18 +109,22 @@ func (a *auditLog) begin(ctx context.Context) (*binding.Mark, error) {
 			}
 			return nil
 		})
-		if last != nil || err != nil {
-			return last, err
+		if err != nil {
+			return err
+		}
+		if last != nil {
+			a.upTo = last
+			return nil
 		}
 	}
 	if _, err := a.store.Lines(ctx, new(binding.Mark), 0); err != nil { // of a ledger that is rolled back
-		return nil, err
+		return err
 	}
 	now, err := a.store.Heads(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	return now, a.add(nil, now)
+	return a.add(nil, now)
 }
 
 // add writes lines and their mark, durably.
