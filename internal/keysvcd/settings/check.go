@@ -79,7 +79,7 @@ func servedByKeysvc(socket string) (pid int) {
 func (c *Config) Inspect(r *config.Report) {
 	tls := c.TLS
 	served := c.Listen != "" || c.EIR.Listen != "" || c.OperatorPage.Listen != ""
-	if served && tls.Certificate != "" && tls.Key != "" && tls.ClientCA != "" {
+	if served && c.hasTLS() {
 		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
 		if own, err := config.ReadCertificates(tls.Certificate); err == nil && c.EIR.NRF != "" {
 			r.Purpose("tls.certificate", "the certificate for the NRF "+tls.Certificate, own[0],

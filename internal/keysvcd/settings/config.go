@@ -232,11 +232,10 @@ func (c *Config) check(r *config.Report) {
 	if c.Listen == "" && c.Socket == "" && r.Good("listen") && r.Good("socket") {
 		r.Add("listen", "neither listen nor socket says where to serve", "")
 	}
-	if c.Listen != "" && r.Good("tls") && (c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == "") {
+	if c.Listen != "" && r.Good("tls") && !c.hasTLS() {
 		r.Add("tls", "listen needs tls with certificate, key and client_ca", "it is never offered without mutual TLS")
 	}
-	if c.OperatorPage.Listen != "" && r.Good("operator_page") && (c.TLS.Certificate == "" || c.TLS.Key == "" ||
-		c.TLS.ClientCA == "" || len(c.Clients) == 0) {
+	if c.OperatorPage.Listen != "" && r.Good("operator_page") && (!c.hasTLS() || len(c.Clients) == 0) {
 		r.Add("operator_page", "operator_page needs tls with certificate, key and client_ca, and clients",
 			"give one of them the role monitor: the page is never offered without mutual TLS")
 	}
@@ -259,6 +258,11 @@ func (c *Config) check(r *config.Report) {
 			r.Token(c.tokenSetting(), uri)
 		}
 	}
+}
+
+// hasTLS says whether tls has all that mutual TLS needs.
+func (c *Config) hasTLS() bool {
+	return c.TLS.Certificate != "" && c.TLS.Key != "" && c.TLS.ClientCA != ""
 }
 
 // listeners are the addresses of all that is served over TCP.

@@ -32,7 +32,7 @@ func (c *Config) checkEIR(r *config.Report) {
 	if e.Listen == "" {
 		r.Add("eir", "eir has no listen", "it says where to serve, as HOST:PORT")
 	}
-	if c.TLS.Certificate == "" || c.TLS.Key == "" || c.TLS.ClientCA == "" || len(c.Clients) == 0 {
+	if !c.hasTLS() || len(c.Clients) == 0 {
 		r.Add("eir", "eir needs tls with certificate, key and client_ca, and clients",
 			"it is never offered without mutual TLS")
 	}
