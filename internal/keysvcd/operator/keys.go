@@ -32,12 +32,7 @@ func NewTransportKey(ctx context.Context, token *hsmkeys.OperatorToken, path str
 	if err := checkSpent(ctx, token, path); err != nil {
 		return "", err
 	}
-	pub, err := token.NewTransportKey(ctx)
-	if err != nil {
-		return "", err
-	}
-	data, err := handover.NewReceiver(handover.TypeTransportKey, pub, token.Serial())
-	return handOut(ctx, pub, path, data, err, token.DestroyTransportKey)
+	return handOut(ctx, token, handover.TypeTransportKey, path, token.NewTransportKey, token.DestroyTransportKey)
 }
 
 // NewRestoreKey makes the key that receives a backup, and writes its public half to a file for CreateBackup. The token
@@ -51,12 +46,7 @@ func NewRestoreKey(
 	if _, _, err := tokenkeys.Dedicate(ctx, token, acceptWeak); err != nil {
 		return "", err
 	}
-	pub, err := token.NewRestoreKey(ctx)
-	if err != nil {
-		return "", err
-	}
-	data, err := handover.NewReceiver(handover.TypeRestoreKey, pub, token.Serial())
-	return handOut(ctx, pub, path, data, err, token.DestroyRestoreKey)
+	return handOut(ctx, token, handover.TypeRestoreKey, path, token.NewRestoreKey, token.DestroyRestoreKey)
 }
 
 // checkSpent fails if there is a file at path, unless its key was this token's and is destroyed: then nobody needs it.
@@ -84,9 +74,16 @@ func checkSpent(ctx context.Context, token *hsmkeys.OperatorToken, path string) 
 	return nil
 }
 
-// handOut writes the file of a public key. If that fails, or err says that it has failed before, the key is destroyed.
-func handOut(ctx context.Context, pub *rsa.PublicKey, path string, data []byte, err error,
-	destroy func(context.Context, *rsa.PublicKey) error) (thumbprint string, _ error) {
+// handOut makes a key of a type, and writes the file of its public half. If that fails, the key is destroyed.
+func handOut(
+	ctx context.Context, token *hsmkeys.OperatorToken, typ, path string,
+	newKey func(context.Context) (*rsa.PublicKey, error), destroy func(context.Context, *rsa.PublicKey) error,
+) (thumbprint string, err error) {
+	pub, err := newKey(ctx)
+	if err != nil {
+		return "", err
+	}
+	data, err := handover.NewReceiver(typ, pub, token.Serial())
 	if err == nil {
 		err = durable.WriteFile(path, data, 0o644)
 	}
