@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"time"
@@ -35,25 +34,7 @@ func newEIR(cfg *settings.Config, h *api.Handler, service *binding.Service) (htt
 	return n5geir.Handler(o), nil
 }
 
-// listenEIR listens for AMFs, who speak HTTP/2 (TS 29.500 clause 5.2).
-func listenEIR(cfg *settings.Config, served *live) ([]net.Listener, error) {
-	if cfg.EIR.Listen == "" {
-		return nil, nil
-	}
-	l, err := config.Listen(cfg.EIR.Listen)
-	if err != nil {
-		return nil, err
-	}
-	return []net.Listener{tls.NewListener(l, &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			c := served.Load().tls.Clone()
-			c.NextProtos = []string{"h2"}
-			return c, nil
-		},
-	})}, nil
-}
-
+// eirServer serves AMFs, who speak HTTP/2 (TS 29.500 clause 5.2).
 func (d *daemon) eirServer() *http.Server {
 	s := d.newServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.Load().eir.ServeHTTP(w, r) }))
 	s.Protocols = new(http.Protocols)

@@ -5,8 +5,6 @@ import (
 	"log/slog"
 	"sync/atomic"
 	"time"
-
-	"github.com/kmehsm/kmehsm/api"
 )
 
 // leaving ends a service so that no call fails. First /readyz says that it is not ready. It serves on until its clients
@@ -41,12 +39,6 @@ func (l *leaving) begun() bool {
 	return l.told.Err() != nil
 }
 
-// farewell is longer than a round trip to a client. A client that has seen its stream end and opens another one gets
-// the same answer there, before the connection ends.
+// farewell is the time that clients get to use another instance when their streams have ended in order. It is longer
+// than a round trip. A client that opens another stream gets the same answer there, before the connection ends.
 const farewell = 200 * time.Millisecond
-
-// endStreams ends the streams in order, and gives their clients time to use another instance.
-func endStreams(s *api.Streams) {
-	s.Drain()
-	time.Sleep(farewell)
-}

@@ -25,48 +25,55 @@ import (
 // A served is a listener and its server.
 type served struct {
 	net.Listener
-	handler http.Handler
+	server *http.Server
 }
 
-func listen(cfg *settings.Config, l *live) (all []served, err error) {
-	defer func() {
-		if err != nil {
-			closeAll(all)
-		}
-	}()
-	secure := &tls.Config{
-		MinVersion:         tls.VersionTLS13,
-		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return l.Load().tls, nil },
+// listen opens all listeners.
+func (d *daemon) listen() (all []served, err error) {
+	own := func() *tls.Config { return d.Load().tls }
+	http2 := func() *tls.Config {
+		c := d.Load().tls.Clone()
+		c.NextProtos = []string{"h2"}
+		return c
 	}
-	page := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { l.Load().page.ServeHTTP(w, r) })
+	unix := func(path string) (net.Listener, error) { return listenUnix(path, d.others) }
+	page := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { d.Load().page.ServeHTTP(w, r) })
 	for _, at := range []struct {
 		address string
-		handler http.Handler
-	}{{address: cfg.Listen, handler: l}, {address: cfg.OperatorPage.Listen, handler: page}} {
+		open    func(address string) (net.Listener, error)
+		server  *http.Server
+	}{
+		{address: d.started.Listen, open: secure(own), server: d.newServer(d.live)},
+		{address: d.started.OperatorPage.Listen, open: secure(own), server: d.newServer(page)},
+		{address: d.started.Socket, open: unix, server: d.newServer(d.live)},
+		{address: d.started.EIR.Listen, open: secure(http2), server: d.eirServer()},
+	} {
 		if at.address == "" {
 			continue
 		}
-		tcp, err := config.Listen(at.address)
+		l, err := at.open(at.address)
 		if err != nil {
-			return all, err
+			for _, l := range all {
+				err = errors.Join(err, l.Close())
+			}
+			return nil, err
 		}
-		all = append(all, served{Listener: tls.NewListener(tcp, secure), handler: at.handler})
-	}
-	if cfg.Socket != "" {
-		unix, err := listenUnix(cfg.Socket, l.others)
-		if err != nil {
-			return all, err
-		}
-		all = append(all, served{Listener: unix, handler: l})
+		all = append(all, served{Listener: l, server: at.server})
 	}
 	return all, nil
 }
 
-func closeAll(listeners []served) (err error) {
-	for _, l := range listeners {
-		err = errors.Join(err, l.Close())
+// secure listens with TLS 1.3. now is asked at each connection, so that a reload changes the certificates.
+func secure(now func() *tls.Config) func(address string) (net.Listener, error) {
+	c := &tls.Config{MinVersion: tls.VersionTLS13,
+		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) { return now(), nil }}
+	return func(address string) (net.Listener, error) {
+		l, err := config.Listen(address)
+		if err != nil {
+			return nil, err
+		}
+		return tls.NewListener(l, c), nil
 	}
-	return err
 }
 
 // listenUnix opens a socket for its own user only, or for others, who are distinguished by their uid. It replaces a
@@ -138,28 +145,19 @@ func (d *daemon) newServer(handler http.Handler) *http.Server {
 // rolled back is accepted.
 func (d *daemon) run(ctx context.Context, listeners []served) error {
 	g, gctx := errgroup.WithContext(ctx)
-	serve := func(server *http.Server, l net.Listener) {
-		g.Go(func() error {
-			if err := server.Serve(accepting{Listener: l, log: d.log}); !errors.Is(err, http.ErrServerClosed) {
-				return err
-			}
-			return nil
-		})
-	}
-	eir := d.eirServer()
-	servers := []*http.Server{eir}
-	for _, l := range d.eir {
-		serve(eir, l)
-	}
 	if d.started.EIR.NRF != "" {
 		registered, deregister := context.WithCancel(gctx)
 		defer context.AfterFunc(d.leaving.told, deregister)()
 		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(registered) }) })
 	}
 	for _, l := range listeners {
-		server := d.newServer(l.handler)
-		servers = append(servers, server)
-		serve(server, l.Listener)
+		g.Go(func() error {
+			err := l.server.Serve(accepting{Listener: l.Listener, log: d.log})
+			if !errors.Is(err, http.ErrServerClosed) {
+				return err
+			}
+			return nil
+		})
 	}
 	reloading := make(chan struct{})
 	go func() {
@@ -169,12 +167,13 @@ func (d *daemon) run(ctx context.Context, listeners []served) error {
 	g.Go(func() error {
 		<-gctx.Done()
 		d.log.Info("draining")
-		endStreams(d.options.Streams)
+		d.options.Streams.Drain()
+		time.Sleep(farewell)
 		drain, cancel := context.WithTimeout(context.WithoutCancel(ctx), settings.MaxDrain)
 		defer cancel()
 		var all errgroup.Group
-		for _, server := range servers {
-			all.Go(func() error { return server.Shutdown(drain) })
+		for _, l := range listeners {
+			all.Go(func() error { return l.server.Shutdown(drain) })
 		}
 		err := all.Wait()
 		select {

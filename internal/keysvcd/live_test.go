@@ -350,17 +350,13 @@ func TestCertificatesChange(t *testing.T) {
 	copyTo(tokens, filepath.Join(before, "ca.pem"))
 	reload(before)
 
-	listeners := must.Get[[]served](t)(listen(s.started, s.live))
 	d := aDaemon(s.options.Service)
 	d.live = s.live
-	eir := d.eirServer()
-	of := must.Get[[]net.Listener](t)(listenEIR(s.started, s.live))[0]
-	go eir.Serve(of)
-	defer eir.Close()
-	server := &http.Server{Handler: listeners[0].handler, ConnContext: api.ConnContext,
-		ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
-	go server.Serve(listeners[0])
-	defer server.Close()
+	listeners := must.Get[[]served](t)(d.listen())
+	for _, l := range listeners {
+		go l.server.Serve(l.Listener)
+		defer l.server.Close()
+	}
 	client := func(own, ca string) *http.Client {
 		c := must.Get[*tls.Config](t)(config.ClientTLS(filepath.Join(own, "hss.example.pem"),
 			filepath.Join(own, "hss.example.key"), filepath.Join(ca, "ca.pem")))
@@ -375,7 +371,11 @@ func TestCertificatesChange(t *testing.T) {
 		}
 		return err
 	}
-	for _, address := range []string{listeners[0].Addr().String(), of.Addr().String()} {
+	if len(listeners) != 2 {
+		t.Fatalf("%d listeners, of the service and for AMFs", len(listeners))
+	}
+	for _, l := range listeners {
+		address := l.Addr().String()
 		reload(before)
 		open := client(before, before)
 		for _, change := range []struct{ now, old string }{{before, after}, {after, before}} {

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -53,8 +52,6 @@ type daemon struct {
 	unaudited atomic.Bool      // the audit log cannot be written
 	accepted  chan struct{}    // receives when a rolled-back database is accepted
 	leaving   *leaving
-	eir       []net.Listener // for AMFs: one, or none
-
 	connections *api.Connections // of all servers
 }
 
@@ -160,9 +157,13 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	}
 	defer d.rest()
 	registry.MustRegister(&changing{live: d.live, bound: bound})
-	listeners, addresses, err := d.listenAll(cfg)
+	listeners, err := d.listen()
 	if err != nil {
 		return err
+	}
+	var addresses []string
+	for _, l := range listeners { // with the ports that port 0 became
+		addresses = append(addresses, l.Addr().String())
 	}
 	if rolledBack != nil {
 		log.Error("no call is served", "cause", rolledBack.Error())
@@ -225,23 +226,6 @@ func openStore(
 		return nil, nil, errors.Join(err, store.Close())
 	}
 	return store, func() { store.Close(); unlock() }, nil
-}
-
-// listenAll opens all listeners. Of the addresses, each has the port that port 0 became.
-func (d *daemon) listenAll(cfg *settings.Config) (listeners []served, addresses []string, err error) {
-	if listeners, err = listen(cfg, d.live); err != nil {
-		return nil, nil, err
-	}
-	if d.eir, err = listenEIR(cfg, d.live); err != nil {
-		return nil, nil, errors.Join(err, closeAll(listeners))
-	}
-	for _, l := range listeners {
-		addresses = append(addresses, l.Addr().String())
-	}
-	for _, l := range d.eir {
-		addresses = append(addresses, l.Addr().String())
-	}
-	return listeners, addresses, nil
 }
 
 // openTokens opens the tokens of a configuration, and tests that they work.
