@@ -8,7 +8,6 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -90,19 +89,10 @@ func (h equipmentHistory) run(ctx context.Context, d *daemon) (stop func()) {
 	if h.History == nil {
 		return func() {}
 	}
-	start := func(run func(context.Context)) (stop func()) {
-		ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-		var ended sync.WaitGroup
-		ended.Go(func() {
-			for ctx.Err() == nil { // after a panic too
-				d.safely(ctx, func() error { run(ctx); return nil })
-			}
-		})
-		return func() { cancel(); ended.Wait() }
-	}
-	stopHistory, stopWebhook := start(h.Run), func() {}
+	ctx = context.WithoutCancel(ctx)
+	stopHistory, stopWebhook := d.beside(ctx, d.again(h.Run)), func() {}
 	if h.webhook != nil {
-		stopWebhook = start(h.webhook.Run)
+		stopWebhook = d.beside(ctx, d.again(h.webhook.Run))
 	}
 	return func() { stopHistory(); stopWebhook() } // the last moves are sent
 }
@@ -114,12 +104,5 @@ const listsEvery = 5 * time.Second
 // CheckEquipment is refused, and everything else is served.
 func (d *daemon) followListings(ctx context.Context) (stop func()) {
 	d.service.LoadListings(ctx) // a failure is logged there
-	following, cancel := context.WithCancel(ctx)
-	var ended sync.WaitGroup
-	ended.Go(func() {
-		for following.Err() == nil {
-			d.safely(ctx, func() error { d.service.FollowListings(following, listsEvery); return nil })
-		}
-	})
-	return func() { cancel(); ended.Wait() }
+	return d.beside(ctx, d.again(func(ctx context.Context) { d.service.FollowListings(ctx, listsEvery) }))
 }

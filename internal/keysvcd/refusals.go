@@ -2,7 +2,6 @@ package keysvcd
 
 import (
 	"context"
-	"log/slog"
 	"time"
 
 	"github.com/kmehsm/kmehsm/binding/refusals"
@@ -10,22 +9,19 @@ import (
 	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
 )
 
-// keepRefusals saves the last refusals again and again, for keysvc binding explain, until stop is called. No call waits
-// for that.
-func keepRefusals(r *refusals.Memory, state string, log *slog.Logger) (stop func()) {
+// keepRefusals saves the last refusals again and again, for keysvc binding explain, until stop is called, which is
+// after the last call. No call waits for that.
+func (d *daemon) keepRefusals(ctx context.Context, r *refusals.Memory) (stop func()) {
 	save := func() {
 		saved, err := r.Save()
 		if err == nil && saved != nil {
-			err = durable.WriteFile(operator.RefusalsFile(state), saved, 0o600)
+			err = durable.WriteFile(operator.RefusalsFile(d.started.State), saved, 0o600)
 		}
 		if err != nil {
-			log.Warn("the last refusals were not written down", "cause", err.Error())
+			d.log.Warn("the last refusals were not written down", "cause", err.Error())
 		}
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	kept := make(chan struct{})
-	go func() {
-		defer close(kept)
+	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
 		defer save()
 		tick := time.NewTicker(2 * time.Second)
 		defer tick.Stop()
@@ -37,6 +33,5 @@ func keepRefusals(r *refusals.Memory, state string, log *slog.Logger) (stop func
 				save()
 			}
 		}
-	}()
-	return func() { cancel(); <-kept }
+	})
 }

@@ -170,7 +170,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	}
 	defer d.keepMark(ctx)()
 	defer d.keepAuditLog(ctx, cfg.AuditLog)()
-	defer keepRefusals(refused, cfg.State, log)()
+	defer d.keepRefusals(ctx, refused)()
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
 	defer history.run(ctx, d)()
@@ -350,6 +350,15 @@ func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop f
 		d.safely(ctx, func() error { work(working); return nil })
 	}()
 	return func() { cancel(); <-ended }
+}
+
+// again does work that ends only with its context: a panic ends it too, and then it begins again.
+func (d *daemon) again(work func(context.Context)) func(context.Context) {
+	return func(ctx context.Context) {
+		for ctx.Err() == nil {
+			d.safely(ctx, func() error { work(ctx); return nil })
+		}
+	}
 }
 
 // rememberLotKeys finds the lots' keys in the tokens, in the background. stop ends it early.
