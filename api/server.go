@@ -120,6 +120,28 @@ func NewHandler(o Options) *Handler {
 	return h
 }
 
+// CheckEquipment makes that call for the sender of a request in another protocol, with the same checks. A refusal is a
+// *binding.Refusal.
+func (h *Handler) CheckEquipment(r *http.Request, q *kmev1.CheckEquipmentRequest) (
+	answer *kmev1.CheckEquipmentResponse, err error) {
+	identify(h.clients, http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if clientOf(r.Context()) == nil {
+			stranger(r.Context(), h.server.service, callOf(r.URL.Path)...)
+			err = notAllowed()
+			return
+		}
+		var a connect.AnyResponse
+		call := &kmev1.Call{Call: &kmev1.Call_CheckEquipment{CheckEquipment: q}}
+		a, err = h.call(r.Context(), h.server.requestOf(call))
+		if err == nil {
+			answer = a.Any().(*kmev1.CheckEquipmentResponse)
+		} else if refusal := refusalOf(err); refusal != nil {
+			err = refusal
+		}
+	})).ServeHTTP(nil, r)
+	return answer, err
+}
+
 // A checker answers over gRPC as /readyz does.
 type checker struct{ ready *readiness }
 
@@ -143,20 +165,13 @@ type server struct {
 // subject parses the IMSI of a call, and its origin.
 func subject(ctx context.Context, imsiText, origin string, declined bool) (imsi kme.IMSI, o binding.Origin, err error) {
 	if o, err = clientOf(ctx).origin(origin, imsiText, declined); err == nil {
-		imsi, err = parseIMSI(imsiText)
+		imsi, err = parsed(kme.ParseIMSI(imsiText))
 	}
 	return imsi, o, err
 }
 
-func parseIMSI(text string) (kme.IMSI, error) {
-	imsi, err := kme.ParseIMSI(text)
-	return imsi, malformed(err)
-}
-
-func parseIMEI(text string) (kme.IMEI, error) {
-	imei, err := kme.ParseIMEI(text)
-	return imei, malformed(err)
-}
+// parsed gives an argument of a call, or the refusal of one that cannot be parsed.
+func parsed[T any](v T, err error) (T, error) { return v, malformed(err) }
 
 // malformed is the refusal of an argument that cannot be parsed.
 func malformed(err error) error {
@@ -200,7 +215,7 @@ func (s *server) EstablishKME(
 	if err != nil {
 		return nil, err
 	}
-	imei, err := parseIMEI(req.Msg.Imei)
+	imei, err := parsed(kme.ParseIMEI(req.Msg.Imei))
 	if err != nil {
 		return nil, err
 	}
@@ -254,13 +269,13 @@ func (s *server) RestoreRAND(
 func (s *server) CheckEquipment(
 	ctx context.Context, req *connect.Request[kmev1.CheckEquipmentRequest],
 ) (*connect.Response[kmev1.CheckEquipmentResponse], error) {
-	imei, err := parseIMEI(req.Msg.Imei)
+	imei, err := parsed(kme.ParseIMEI(req.Msg.Imei))
 	if err != nil {
 		return nil, err
 	}
 	var imsi kme.IMSI
 	if req.Msg.Imsi != "" {
-		if imsi, err = parseIMSI(req.Msg.Imsi); err != nil {
+		if imsi, err = parsed(kme.ParseIMSI(req.Msg.Imsi)); err != nil {
 			return nil, err
 		}
 	}
@@ -293,7 +308,7 @@ func (s *server) RevokeBinding(
 func answerBinding(
 	ctx context.Context, imsiText string, call func(context.Context, kme.IMSI) (*binding.Binding, error),
 ) (*connect.Response[kmev1.GetBindingResponse], error) {
-	imsi, err := parseIMSI(imsiText)
+	imsi, err := parsed(kme.ParseIMSI(imsiText))
 	if err != nil {
 		return nil, err
 	}
@@ -307,7 +322,7 @@ func answerBinding(
 func (s *server) OpenProvisioning(
 	ctx context.Context, req *connect.Request[kmev1.OpenProvisioningRequest],
 ) (*connect.Response[kmev1.OpenProvisioningResponse], error) {
-	imsi, err := parseIMSI(req.Msg.Imsi)
+	imsi, err := parsed(kme.ParseIMSI(req.Msg.Imsi))
 	if err != nil {
 		return nil, err
 	}
@@ -331,7 +346,7 @@ func (s *server) ListBindings(
 	q.Limit = size + 1 // one more says whether there is a next page
 	var err error
 	if req.Msg.Imei != "" {
-		if q.IMEI, err = parseIMEI(req.Msg.Imei); err != nil {
+		if q.IMEI, err = parsed(kme.ParseIMEI(req.Msg.Imei)); err != nil {
 			return nil, err
 		}
 	}
