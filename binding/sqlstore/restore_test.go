@@ -174,7 +174,7 @@ func TestPostgresRestored(t *testing.T) {
 		time.Sleep(10 * time.Millisecond)
 		return func() string {
 			server.At(t, base, moment)
-			return base.Of(t, url)
+			return pgtest.Either(t, url, base)
 		}
 	})
 }

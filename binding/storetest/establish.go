@@ -2,7 +2,6 @@ package storetest
 
 import (
 	"context"
-	"errors"
 	"reflect"
 	"strings"
 	"testing"
@@ -99,9 +98,7 @@ func establishNoAttempt(t *testing.T, s Store) {
 	} {
 		b := newBinding(one, imei, a1)
 		b.AttemptID = c.attempt
-		if err := s.Establish(t.Context(), b, []byte("tag"), true, c.now); !errors.Is(err, binding.ErrNoAttempt) {
-			t.Errorf("%s: %v, want ErrNoAttempt", c.name, err)
-		}
+		refused(t, c.name, s.Establish(t.Context(), b, []byte("tag"), true, c.now), binding.ErrNoAttempt)
 	}
 	checkBinding(t, s, one, nil)
 	checkUsed(t, s, imei, []byte("tag"), false)
@@ -111,9 +108,7 @@ func establishNoAttempt(t *testing.T, s Store) {
 	first := newBinding(one, imei, a1)
 	must.Do(t, s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)))
 	again := newBinding(one, device(t, 2), a1)
-	if err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
-		t.Errorf("an attempt used twice: %v, want ErrNoAttempt", err)
-	}
+	refused(t, "an attempt used twice", s.Establish(t.Context(), again, []byte("tag 2"), true, t0), binding.ErrNoAttempt)
 	checkBinding(t, s, one, first)
 	checkUsed(t, s, again.IMEI, []byte("tag 2"), false)
 }
@@ -122,17 +117,13 @@ func establishUsed(t *testing.T, s Store) {
 	one, other, imei := subscription(t, 1), subscription(t, 2), device(t, 1)
 	b := bind(t, s, one, imei, []byte("tag"))
 	b1 := openAttempt(t, s, other, t0)
-	if err := s.Establish(t.Context(), newBinding(other, imei, b1), []byte("tag"), true, t0); !errors.Is(err,
-		binding.ErrUsed) {
-		t.Errorf("a KME used twice: %v, want ErrUsed", err)
-	}
+	refused(t, "a KME used twice", s.Establish(t.Context(), newBinding(other, imei, b1), []byte("tag"), true, t0),
+		binding.ErrUsed)
 	// The refusal changed nothing: the device may still establish another KME within the same attempt.
 	checkBinding(t, s, other, nil)
 	checkBinding(t, s, one, b)
 	checkOpen(t, s, other, b1, t0, true)
-	if err := s.Establish(t.Context(), newBinding(other, imei, b1), []byte("tag 2"), true, t0); err != nil {
-		t.Errorf("another KME after the refusal: %v", err)
-	}
+	must.Do(t, s.Establish(t.Context(), newBinding(other, imei, b1), []byte("tag 2"), true, t0))
 }
 
 func establishClosesAttempts(t *testing.T, s Store) {
@@ -159,10 +150,8 @@ func establishCanceled(t *testing.T, s Store) {
 	a1 := openAttempt(t, s, imsi, t0)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := s.Establish(ctx, newBinding(imsi, imei, a1), []byte("tag"), true, t0); !errors.Is(err,
-		context.Canceled) {
-		t.Errorf("a call that was canceled: %v, want context.Canceled", err)
-	}
+	refused(t, "a call that was canceled", s.Establish(ctx, newBinding(imsi, imei, a1), []byte("tag"), true, t0),
+		context.Canceled)
 	checkBinding(t, s, imsi, nil)
 	checkUsed(t, s, imei, []byte("tag"), false)
 	checkOpen(t, s, imsi, a1, t0, true)
@@ -185,8 +174,6 @@ func ledger(t *testing.T, s Store) {
 	must.Do(t, s.DropExpired(t.Context(), t0.Add(100*365*24*time.Hour)))
 	checkUsed(t, s, first, tag, true)
 	a2 := openAttempt(t, s, subscription(t, 1), t0)
-	if err := s.Establish(t.Context(), newBinding(subscription(t, 1), first, a2), tag, true, t0); !errors.Is(err,
-		binding.ErrUsed) {
-		t.Errorf("the KME of a dropped binding: %v, want ErrUsed", err)
-	}
+	refused(t, "the KME of a dropped binding", s.Establish(t.Context(), newBinding(subscription(t, 1), first, a2), tag,
+		true, t0), binding.ErrUsed)
 }

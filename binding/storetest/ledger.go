@@ -75,9 +75,8 @@ func noted(t *testing.T, s Store) {
 
 	// What did not happen is not there.
 	nothing := subscription(t, 2)
-	if _, err := s.Revoke(ctx, nothing, t0); !errors.Is(err, binding.ErrNotBound) {
-		t.Error(err)
-	}
+	_, err := s.Revoke(ctx, nothing, t0)
+	refused(t, "revoked nothing", err, binding.ErrNotBound)
 	if got, want := events(t, s, nothing.String()), []binding.Event{binding.EventClosed}; !slices.Equal(got, want) {
 		t.Errorf("the ledger has %v, want %v", got, want)
 	}
@@ -160,9 +159,7 @@ func rolledBack(t *testing.T, s Store) {
 			"Sightings":       func() error { _, err := s.Sightings(ctx, imsi, device(t, 1)); return err },
 			"Forget":          func() error { _, err := s.Forget(ctx, t0, 1); return err },
 		} {
-			if err := call(); !errors.Is(err, binding.ErrRolledBack) {
-				t.Errorf("%s of a store that is rolled back: %v", name, err)
-			}
+			refused(t, name+" of a store that is rolled back", call(), binding.ErrRolledBack)
 		}
 		if bad == &other {
 			break

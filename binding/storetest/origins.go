@@ -53,9 +53,7 @@ func attemptsByOrigin(t *testing.T, s Store) {
 	}
 	b := newBinding(imsi, device(t, 1), ids[home])
 	b.Origin = away.Name
-	if err := s.Establish(t.Context(), b, []byte("tag"), true, t0); !errors.Is(err, binding.ErrNoAttempt) {
-		t.Errorf("another origin's attempt: %v, want ErrNoAttempt", err)
-	}
+	refused(t, "another origin's attempt", s.Establish(t.Context(), b, []byte("tag"), true, t0), binding.ErrNoAttempt)
 	b.Origin = home.Name
 	must.Do(t, s.Establish(t.Context(), b, []byte("tag"), true, t0))
 	checkBinding(t, s, imsi, b)
@@ -224,10 +222,8 @@ func pendingEnds(t *testing.T, s Store) {
 		checkUnder(t, s, imsi, binding.Origin{Name: away.Name}, pending)
 	}
 	for range 2 {
-		if _, err := s.Prepare(t.Context(),
-			request(imsi, binding.Origin{Name: away.Name}, t0)); !errors.Is(err, binding.ErrNotBound) {
-			t.Errorf("%v, want ErrNotBound", err)
-		}
+		_, err := s.Prepare(t.Context(), request(imsi, binding.Origin{Name: away.Name}, t0))
+		refused(t, "after it has ended", err, binding.ErrNotBound)
 		checkBinding(t, s, imsi, nil)
 	}
 }
@@ -246,9 +242,8 @@ func pendingExpires(t *testing.T, s Store) {
 	if all, err := s.Bindings(t.Context(), binding.BindingQuery{Limit: 10, Now: end}); err != nil || len(all) != 0 {
 		t.Errorf("expired, it is listed: %v, %v", all, err)
 	}
-	if _, err := s.Report(t.Context(), imsi, home.Name, true, end); !errors.Is(err, binding.ErrNotBound) {
-		t.Errorf("a success that comes too late: %v", err)
-	}
+	_, err := s.Report(t.Context(), imsi, home.Name, true, end)
+	refused(t, "a success that comes too late", err, binding.ErrNotBound)
 	if d := decide(t, s, request(imsi, home, end)); d.Attempt == nil || d.Ended == nil {
 		t.Errorf("after it expired: %+v", d)
 	}
@@ -290,9 +285,8 @@ func spent(t *testing.T, s Store) {
 	again := request(one, home, t0)
 	again.RANDs = append(again.RANDs, q.RANDs[17])
 	for _, state := range []binding.State{binding.Pending, binding.Active} {
-		if d, err := s.Prepare(t.Context(), again); !errors.Is(err, binding.ErrSpent) {
-			t.Errorf("%s: a spent RAND: %+v, %v", state, d, err)
-		}
+		_, err := s.Prepare(t.Context(), again)
+		refused(t, string(state)+": a spent RAND", err, binding.ErrSpent)
 		check(one, again.RANDs[0], false)
 		if state == binding.Pending && len(subscriptionOf(t, s, one, t0).Pending.Sent) != 0 {
 			t.Error("a refused vector counts as sent")
@@ -318,9 +312,8 @@ func spentWhenPendingEnds(t *testing.T, s Store) {
 	for range pendingVectors {
 		checkUnder(t, s, imsi, home, pending)
 	}
-	if d, err := s.Prepare(t.Context(), clear); !errors.Is(err, binding.ErrSpent) {
-		t.Errorf("a spent RAND: %+v, %v", d, err)
-	}
+	_, err := s.Prepare(t.Context(), clear)
+	refused(t, "a spent RAND", err, binding.ErrSpent)
 }
 
 // A pending binding that has expired is over when the next one is established.

@@ -138,16 +138,14 @@ func lots(t *testing.T, s Store) {
 func lotRefused(t *testing.T, s Store) {
 	a := newMaker(t, s)
 	no := errors.New("no")
-	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), func([]*registry.Lot) error { return no }); !errors.Is(err, no) {
-		t.Errorf("a lot that its check refuses: %v, want the check's error", err)
-	}
+	refused(t, "a lot that its check refuses", s.PutLot(t.Context(), a.lot(t, "L1", 0), func([]*registry.Lot) error {
+		return no
+	}), no)
 	if err := s.PutLot(t.Context(), newMaker(t, nil).lot(t, "L1", 0), allowed); err == nil {
 		t.Error("a lot was entered whose manufacturer is not")
 	}
 	checkLots(t, s)
-	if err := s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed); err != nil {
-		t.Errorf("after refusals: %v", err)
-	}
+	must.Do(t, s.PutLot(t.Context(), a.lot(t, "L1", 0), allowed))
 }
 
 func verdicts(t *testing.T, s Store) {
@@ -207,17 +205,13 @@ func verdictsRefused(t *testing.T, s Store) {
 	must.Do(t, s.PutLot(t.Context(), lot, allowed))
 	v := registry.Verdict{Withdrawn: true, By: "a@h", Reason: "r", Time: t0}
 	for _, c := range [][2]string{{"nobody", ""}, {a.KeyID, "L2"}, {"nobody", "L1"}, {"", ""}} {
-		if _, err := s.Decide(t.Context(), c[0], c[1], v, allowed); !errors.Is(err, registry.ErrNotImported) {
-			t.Errorf("manufacturer %q, lot %q: %v, want ErrNotImported", c[0], c[1], err)
-		}
+		_, err := s.Decide(t.Context(), c[0], c[1], v, allowed)
+		refused(t, fmt.Sprintf("manufacturer %q, lot %q", c[0], c[1]), err, registry.ErrNotImported)
 	}
 	no := errors.New("no")
 	for _, name := range []string{"", "L1"} {
-		if _, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*registry.Lot) error {
-			return no
-		}); !errors.Is(err, no) {
-			t.Errorf("a verdict that its check refuses: %v, want the check's error", err)
-		}
+		_, err := s.Decide(t.Context(), a.KeyID, name, v, func([]*registry.Lot) error { return no })
+		refused(t, "a verdict that its check refuses", err, no)
 	}
 	checkManufacturers(t, s, a.Manufacturer)
 	checkLots(t, s, lot)

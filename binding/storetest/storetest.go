@@ -211,11 +211,19 @@ func checkBinding(t *testing.T, s Store, imsi kme.IMSI, want *binding.Binding) {
 	}
 }
 
+// refused insists that a call has failed as it should.
+func refused(t *testing.T, what string, err, want error) {
+	t.Helper()
+	if !errors.Is(err, want) {
+		t.Errorf("%s: %v, want %v", what, err, want)
+	}
+}
+
 // askers are subscriptions that nothing else is done with.
 var askers atomic.Int64
 
-// checkUsed asks, as somebody does who has a KME that is not good, whether the ledger has it: in an
-// attempt of another subscription.
+// checkUsed asks, as somebody does who has a KME that is not good, whether the ledger has it: in an attempt of another
+// subscription.
 func checkUsed(t *testing.T, s Store, imei kme.IMEI, tag []byte, want bool) {
 	t.Helper()
 	imsi := subscription(t, 50_000+int(askers.Add(1)))

@@ -100,13 +100,8 @@ func StartArchiving(t testing.TB) *Server {
 	return s
 }
 
-// Base is a base backup of a server that archives its WAL.
-func (s *Server) Base(t testing.TB) *Server {
-	t.Helper()
-	return s.base(t)
-}
-
-func (s *Server) base(t testing.TB, more ...string) *Server {
+// Base is a base backup of a server, which archives its WAL if it is for At; more are options of pg_basebackup.
+func (s *Server) Base(t testing.TB, more ...string) *Server {
 	t.Helper()
 	base := folder(t)
 	s.copyTo(t, base, more...)
@@ -151,12 +146,6 @@ func (s *Server) At(t testing.TB, base *Server, moment time.Time) {
 		err := recovered.QueryRowContext(t.Context(), "SELECT pg_is_in_recovery()").Scan(&still)
 		return err == nil && !still
 	})
-}
-
-// Of is the connection string of a database of another server that this one has a copy of.
-func (s *Server) Of(t testing.TB, database string) string {
-	t.Helper()
-	return Either(t, database, s)
 }
 
 // Dumped is another database of the server, with what pg_dump and pg_restore bring there from one.
@@ -337,7 +326,7 @@ func (s *Server) Standby(t testing.TB) *Server {
 // network namespace that a file names, and comes to the server from there.
 func (s *Server) StandbyIn(t testing.TB, space, address string) *Server {
 	t.Helper()
-	standby := s.base(t, "-R")
+	standby := s.Base(t, "-R")
 	standby.space, standby.Port = space, s.Port
 	standby.listen(address)
 	standby.settings = append(standby.settings, "-c", fmt.Sprintf(
@@ -403,7 +392,7 @@ func (s *Server) Promote(t testing.TB) {
 	s.Exec(t, "SELECT pg_promote()")
 }
 
-// Either is the connection string of a database that one of two servers has: of the one that takes changes.
+// Either is the connection string of a database that servers have, as a copy too: of the one that takes changes.
 func Either(t testing.TB, database string, servers ...*Server) string {
 	t.Helper()
 	var hosts, ports []string

@@ -2,9 +2,11 @@ package testproc
 
 import (
 	"bytes"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -156,4 +158,31 @@ func Await(t testing.TB, what string, ok func() bool) {
 			t.Fatalf("%s: not within %s", what, Patience)
 		}
 	}
+}
+
+// ReportCPU reports the time that all cores spend on an operation from now until done, which whatever else the machine
+// does changes least.
+func ReportCPU(b *testing.B) (done func()) {
+	used := func() (us float64) {
+		var u syscall.Rusage
+		must.Do(b, syscall.Getrusage(syscall.RUSAGE_SELF, &u))
+		return float64(u.Utime.Nano()+u.Stime.Nano()) / 1e3
+	}
+	before := used()
+	return func() { b.ReportMetric((used()-before)/float64(b.N), "cpu-us/op") }
+}
+
+// TestFiles gives the text of all tests of each package of the tree, by its folder. It enters no other folders: go test
+// keeps no result of a test that has read a folder in which git or a build works.
+func TestFiles(t testing.TB) map[string]string {
+	t.Helper()
+	packages := map[string]string{}
+	dirs := must.Get[[]byte](t)(exec.Command("go", "list", "-f", "{{.Dir}}", "work").Output())
+	for dir := range strings.Lines(string(dirs)) {
+		dir = strings.TrimSpace(dir)
+		for _, file := range must.Get[[]string](t)(filepath.Glob(filepath.Join(dir, "*_test.go"))) {
+			packages[dir] += string(must.Get[[]byte](t)(os.ReadFile(file)))
+		}
+	}
+	return packages
 }
