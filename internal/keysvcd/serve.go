@@ -44,14 +44,14 @@ import (
 // A daemon serves from tokens and a store. While it serves, only live changes.
 type daemon struct {
 	*live
-	from      settings.Source // of the configuration
-	tokens    *hsmkeys.OperatorPool
-	store     *sqlstore.Store
-	service   *binding.Service // without lots: see live
-	warnings  []string         // of tokens; they stay the same until the process ends
-	unaudited atomic.Bool      // the audit log cannot be written
-	accepted  chan struct{}    // receives when a rolled-back database is accepted
-	leaving   *leaving
+	from        settings.Source // of the configuration
+	tokens      *hsmkeys.OperatorPool
+	store       *sqlstore.Store
+	service     *binding.Service // without lots: see live
+	warnings    []string         // of tokens; they stay the same until the process ends
+	unaudited   atomic.Bool      // the audit log cannot be written
+	accepted    chan struct{}    // receives when a rolled-back database is accepted
+	leaving     *leaving
 	connections *api.Connections // of all servers
 }
 
