@@ -181,8 +181,8 @@ func checkTACs(lot *directory.Manifest, manufacturers []*registry.Manufacturer, 
 		}
 		if len(m.TACs) > 0 && !slices.Contains(m.TACs, r.TAC) {
 			return fmt.Errorf("lot %s has TAC %s, and manufacturer %s was enrolled for %s alone: if that is its TAC "+
-				"too, run keysvc enroll again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC, m.KeyID,
-				m.TACs)
+				"too, run keysvc enroll again with --tac for each; keysvc lot retire ends a lot", lot.Lot, r.TAC,
+				m.KeyID, m.TACs)
 		}
 	}
 	return nil

@@ -21,8 +21,8 @@ func NewVerdict(withdrawn bool, by, reason string) (v registry.Verdict, err erro
 }
 
 func distrustedError(m *registry.Manufacturer) error {
-	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first", m.KeyID,
-		m.Verdict)
+	return fmt.Errorf("manufacturer %s is distrusted, %s; if that is over, run keysvc manufacturer trust first",
+		m.KeyID, m.Verdict)
 }
 
 // Distrust ends the service of all lots of a manufacturer, and refuses its enrolments and grants. Bindings stay, and

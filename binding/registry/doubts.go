@@ -58,7 +58,8 @@ func (l *Lots) Doubts(ctx context.Context, b Basis) ([]Doubt, error) {
 }
 
 func unknownRevocations(m *directory.Manifest, err error) error {
-	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", m.Lot, m.Manufacturer, err)
+	return fmt.Errorf("which devices of lot %s manufacturer %s has revoked is not known: %w", m.Lot, m.Manufacturer,
+		err)
 }
 
 // DoubtsOf is Doubts for many bindings. Call ReadManifests before.

@@ -108,7 +108,8 @@ func establishNoAttempt(t *testing.T, s Store) {
 	first := newBinding(one, imei, a1)
 	must.Do(t, s.Establish(t.Context(), first, []byte("tag"), true, t0.Add(ttl-time.Millisecond)))
 	again := newBinding(one, device(t, 2), a1)
-	refused(t, "an attempt used twice", s.Establish(t.Context(), again, []byte("tag 2"), true, t0), binding.ErrNoAttempt)
+	err := s.Establish(t.Context(), again, []byte("tag 2"), true, t0)
+	refused(t, "an attempt used twice", err, binding.ErrNoAttempt)
 	checkBinding(t, s, one, first)
 	checkUsed(t, s, again.IMEI, []byte("tag 2"), false)
 }

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"iter"
 	"os"
 	"os/signal"
 	"regexp"
@@ -126,7 +125,8 @@ func (p Program) Run(ctx context.Context, args []string) int {
 		text += ": make room on its disk, and run this again"
 	}
 	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, visible(text))
-	if asked := slices.Contains(args, "--json") || slices.Contains(args, "--json=true"); asked && !errors.As(err, new(saidError)) {
+	asked := slices.Contains(args, "--json") || slices.Contains(args, "--json=true")
+	if asked && !errors.As(err, new(saidError)) {
 		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})
 	}
 	return exitCode(err)
@@ -436,67 +436,3 @@ func flagsFirst(app *cli.App, args []string) ([]string, error) {
 
 // thumbprint is one of RFC 7638 that looks like a flag: base64url has the minus sign, and one of 64 begins with it.
 var thumbprint = regexp.MustCompile(`^-[A-Za-z0-9_-]{42}$`)
-
-// Print prints a result: with --json, v as one JSON document; otherwise what human writes.
-func Print(c *cli.Context, v any, human func(io.Writer)) error {
-	if !c.Bool("json") {
-		human(c.App.Writer)
-		return nil
-	}
-	e := json.NewEncoder(c.App.Writer)
-	e.SetIndent("", "  ")
-	e.SetEscapeHTML(false) // of a URI's &
-	return e.Encode(v)
-}
-
-// Printf prints a result: with --json, v as one JSON document; otherwise a text.
-func Printf(c *cli.Context, v any, format string, args ...any) error {
-	return Print(c, v, func(w io.Writer) { fmt.Fprintf(w, format, args...) })
-}
-
-// PrintEach prints a list, whose name is in quotes: with --json by PrintList; otherwise a title, and what human writes
-// for each item.
-func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, error], human func(io.Writer, T)) error {
-	if c.Bool("json") {
-		return PrintList(c, name, items)
-	}
-	for item, err := range items {
-		if err != nil {
-			return err
-		}
-		fmt.Fprint(c.App.Writer, title)
-		title = ""
-		human(c.App.Writer, item)
-	}
-	_, err := fmt.Fprint(c.App.Writer, title) // of an empty list
-	return err
-}
-
-// PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what
-// comes before the list: the fields before it, and its name. An error of items behind the first leaves the document
-// without its end, so that nobody takes it for whole; one before it leaves nothing.
-func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) error {
-	const separator = ",\n"
-	w, before := c.App.Writer, "{"+head+": [\n"
-	for item, err := range items {
-		var text []byte
-		if err == nil {
-			text, err = json.Marshal(item)
-		}
-		if err != nil && before == separator {
-			return Said(err)
-		}
-		if err != nil {
-			return err
-		}
-		if _, err := fmt.Fprintf(w, "%s%s", before, text); err != nil {
-			return err
-		}
-		before = separator
-	}
-	if before != separator { // an empty list
-		fmt.Fprint(w, before)
-	}
-	_, err := fmt.Fprintln(w, "\n]}")
-	return err
-}

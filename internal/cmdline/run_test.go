@@ -113,7 +113,8 @@ func TestExitCodes(t *testing.T) {
 		{"show --own x --own x --name a --name b --json --json", 0, ""},
 		{"show x", 2, "takes no arguments"},
 		{"show --common x --switch --json", 0, ""}, {"list --common=x x --common x", 0, ""},
-		{"--switch ends failed --json --common x", 1, "p: failed"}, {"completion --common x bash", 2, "no flag --common"},
+		{"--switch ends failed --json --common x", 1, "p: failed"},
+		{"completion --common x bash", 2, "no flag --common"},
 		{"completion tcsh", 2, "bash, zsh and fish"},
 		{"show --config none.yaml", 2, "none.yaml: the configuration cannot be read"},
 	} {
@@ -181,7 +182,8 @@ func TestCommonFlagsAreHidden(t *testing.T) {
 func TestHelpIsFilled(t *testing.T) {
 	_, help, _ := run(t, "show", "--help")
 	if !strings.Contains(help, "   One two.\n\n   first   1\n   second  2\n     an example\n") ||
-		strings.Contains(help, "--common") || strings.Contains(help, "default: 0") || strings.Contains(help, "default: false") ||
+		strings.Contains(help, "--common") || strings.Contains(help, "default: 0") ||
+		strings.Contains(help, "default: false") ||
 		!strings.Contains(help, `(default: "var")`) {
 		t.Error(help)
 	}

@@ -251,8 +251,8 @@ func rememberToken(state, uri string) error {
 }
 
 // StoreToken is the token that makes the MACs of a store's rows: the one of the command line; else the one that keysvc
-// init has noted; else the one of the environment. given is that of the command line or the environment. The token's URI
-// names a library that is loaded: root takes none that another user could have named.
+// init has noted; else the one of the environment. given is that of the command line or the environment. The token's
+// URI names a library that is loaded: root takes none that another user could have named.
 func StoreToken(state, given string) (uri string, err error) {
 	if given != os.Getenv("KMEHSM_TOKEN") {
 		return given, nil
