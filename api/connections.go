@@ -47,7 +47,7 @@ func (c *Connections) State(conn net.Conn, state http.ConnState) {
 			}
 		}
 		c.mu.Unlock()
-		c.failed(conn)
+		c.handshakeFailed(conn)
 	}
 }
 
@@ -85,8 +85,8 @@ func (c *Connections) count(conn net.Conn) {
 	c.service.Refused(ctx, overloaded("this client has as many connections as it may have"))
 }
 
-// failed logs and counts a TLS handshake that has failed.
-func (c *Connections) failed(conn net.Conn) {
+// handshakeFailed logs and counts a TLS handshake that has failed.
+func (c *Connections) handshakeFailed(conn net.Conn) {
 	t, ok := conn.(*tls.Conn)
 	if !ok {
 		return

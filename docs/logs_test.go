@@ -32,7 +32,8 @@ func TestLogFields(t *testing.T) {
 	programs := []map[string]*message{
 		logged(t, []string{"api", "binding", "hsmkeys", "vaultstore", "internal/keysvcd", "internal/n5geir",
 			"internal/webhook"}, map[string]wrapper{"Refused": {"refused", 2}, "failed": {"refused", 4},
-			"Broken": {"internal error", 2}, "Unauthenticated": {"client authentication failed", 2}}),
+			"Broken": {"internal error", 2}, "Unauthenticated": {"client authentication failed", 2},
+			"stranger": {"client authentication failed", 2}}),
 		logged(t, []string{"cmd/factory", "factory/station"},
 			map[string]wrapper{"refused": {"refused", 1}, "refuse": {"refused", 5}}),
 	}
@@ -187,7 +188,9 @@ func logged(t *testing.T, roots []string, wrappers map[string]wrapper) map[strin
 // message if the call logs nothing, or what is no literal.
 func logs(call *ast.CallExpr, wrappers map[string]wrapper) (text, level string, first int) {
 	f, ok := call.Fun.(*ast.SelectorExpr)
-	if !ok {
+	if id, function := call.Fun.(*ast.Ident); function {
+		f = &ast.SelectorExpr{Sel: id}
+	} else if !ok {
 		return "", "", 0
 	}
 	if w, ok := wrappers[f.Sel.Name]; ok && len(call.Args) >= w.first {
