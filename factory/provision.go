@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -103,6 +104,9 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		return Progress{}, err
 	}
 	defer unlock()
+	if err := sweep(dir); err != nil {
+		return Progress{}, fmt.Errorf("what a killed run left cannot be removed: %w", err)
+	}
 	if err := l.writeManifest(ctx, lot, dir); err != nil {
 		return Progress{}, err
 	}
@@ -119,6 +123,19 @@ func (l *Line) Provision(ctx context.Context, lot string, o ProvisionOptions) (P
 		backlog: make(chan int, o.To-o.From), allMade: make(chan struct{}),
 	}
 	return p.run(ctx)
+}
+
+// sweep removes what killed runs were writing into a lot's folder. The caller has locked it.
+func sweep(dir string) error {
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		// renameio puts a dot before the name, and a number behind it.
+		name := e.Name()
+		if strings.HasPrefix(name, ".injection-") || strings.HasPrefix(name, "."+handover.ManifestFile) {
+			err = errors.Join(err, os.Remove(filepath.Join(dir, name)))
+		}
+	}
+	return err
 }
 
 // resumable fails if a lot's folder is not there, and packages of shards were made: they are in another one. A new one

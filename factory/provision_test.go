@@ -276,7 +276,7 @@ func TestProvision(t *testing.T) {
 	})
 }
 
-// An interrupted run finishes what it has begun, and the next goes on.
+// An interrupted run finishes what it has begun, and the next goes on. It removes what a killed run was writing.
 func TestProvisionInterrupted(t *testing.T) {
 	line, _, _ := newLine(t)
 	if _, err := line.CreateLot(t.Context(), spec(t, "L1", 0, 40)); err != nil {
@@ -291,10 +291,18 @@ func TestProvisionInterrupted(t *testing.T) {
 	if !errors.Is(err, ErrInterrupted) || first.Made == 0 || first.Done == first.Total {
 		t.Fatal(first, err)
 	}
+	for _, left := range []string{".injection-000002.jsonl123", ".manifest.jws123"} {
+		if err := os.WriteFile(filepath.Join(out, "L1", left), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	if second := provision(t, line, out); first.Made+second.Made != 40 {
 		t.Errorf("%+v and then %+v", first, second)
 	}
 	checkLot(t, line, out)
+	if r, err := keeping(line, out).Reconcile(t.Context(), "L1", out, false); err != nil || len(r.Differences) > 0 {
+		t.Errorf("%+v, %v", r, err)
+	}
 }
 
 // failing is a token that fails after some devices.

@@ -76,7 +76,8 @@ the times are those of EstablishKME. Fails if an untouched device is rejected, o
     replay        the device attaches, and the same payload comes again for another IMSI`,
 				Flags: slices.Concat([]cli.Flag{
 					&cli.StringFlag{Name: "first-imsi", Usage: "the `IMSI` of device 0; the others count on from it " +
-						"(default: 001010000000000; with --tamper anywhere above)"},
+						"(default: 001010000000000; anywhere above for a device whose IMSI is bound already, and " +
+						"with --tamper)"},
 					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
 					&cli.StringFlag{Name: "subscribers",
 						Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
@@ -171,6 +172,11 @@ func attach(c *cli.Context) error {
 	run, err := newRun(c, imsi)
 	if err != nil {
 		return err
+	}
+	if !c.IsSet("first-imsi") {
+		if run.SpareIMSI, err = mesim.FirstIMSI("", false); err != nil {
+			return err
+		}
 	}
 	shown := cmdline.NewProgress(c, "attach", "devices", len(run.Devices))
 	run.Report = shown.At

@@ -51,6 +51,7 @@ type Run struct {
 	Devices     []*Device
 	First       int      // the number of the first device
 	FirstIMSI   kme.IMSI // of device 0; the others count on from it
+	SpareIMSI   kme.IMSI // likewise, for Attach's devices whose IMSI is bound already; zero: that is an error
 	Concurrency int
 	Report      func(devices int) // called by Attach at each device, by one goroutine at a time; may be nil
 }
@@ -148,8 +149,17 @@ func reasonOf(err error) string {
 }
 
 func (a *attaching) one(ctx context.Context, i int) error {
+	err := a.oneFrom(ctx, a.FirstIMSI, i)
+	if a.SpareIMSI != (kme.IMSI{}) && errors.Is(err, errBound) {
+		err = a.oneFrom(ctx, a.SpareIMSI, i)
+	}
+	return err
+}
+
+// oneFrom plays device i, with an IMSI that counts from that of device 0.
+func (a *attaching) oneFrom(ctx context.Context, first kme.IMSI, i int) error {
 	d := a.Devices[i]
-	imsi, err := imsiPlus(a.FirstIMSI, a.First+i)
+	imsi, err := imsiPlus(first, a.First+i)
 	if err != nil {
 		return err
 	}
@@ -162,14 +172,16 @@ func (a *attaching) one(ctx context.Context, i int) error {
 		return err
 	}
 	// Far enough from the IMSIs of the devices.
-	if imsi, err = imsiPlus(a.FirstIMSI, 5_000_000+a.First+i); err != nil {
+	if imsi, err = imsiPlus(first, 5_000_000+a.First+i); err != nil {
 		return err
 	}
 	return a.play(ctx, imsi, d.IMEI, m)
 }
 
+var errBound = errors.New("is bound already: choose others")
+
 func boundAlready(imsi kme.IMSI) error {
-	return usage.In("first-imsi", fmt.Errorf("IMSI %s is bound already: choose others", imsi))
+	return usage.In("first-imsi", fmt.Errorf("IMSI %s %w", imsi, errBound))
 }
 
 // timed measures how long f takes.

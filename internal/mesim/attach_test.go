@@ -27,6 +27,10 @@ func TestAttach(t *testing.T) {
 		result.Attached != 0 {
 		t.Errorf("the same subscriptions again: %+v, %v", result, err)
 	}
+	run.SpareIMSI = must[kme.IMSI](t)(kme.ParseIMSI("001018000000000"))
+	if result, err := run.Attach(t.Context(), ""); err != nil || result.Attached != 3 || len(o.bound) != 6 {
+		t.Errorf("again, with other subscriptions: %+v, %v", result, err)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	if _, err := run.Attach(ctx, ""); !errors.Is(err, context.Canceled) {
