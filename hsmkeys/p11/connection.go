@@ -112,9 +112,11 @@ func (c *connection) noToken() error {
 		names = append(names, name+"="+value)
 	}
 	slices.Sort(names)
-	return usage.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
-		c.uri.module, strings.Join(names, ", "), softhsmConf())
+	return usage.Mark(noTokenError{fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
+		c.uri.module, strings.Join(names, ", "), softhsmConf())})
 }
+
+type noTokenError struct{ error }
 
 func softhsmConf() string {
 	return "SOFTHSM2_CONF (" + cmp.Or(os.Getenv("SOFTHSM2_CONF"), "not set") + ")"

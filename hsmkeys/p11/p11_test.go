@@ -33,6 +33,31 @@ func openToken(t testing.TB, tok softhsmtest.Tok, o Options) *Token {
 	return token
 }
 
+// Another process logs in at this moment: SoftHSM has emptied the token's file, and writes it anew.
+func TestOpenWhileAnotherLogsIn(t *testing.T) {
+	tok := softhsmtest.Token(t)
+	file := filepath.Join(filepath.Dir(tok.PINFile), "tokens", tok.Label, "token.object")
+	whole := must.Get[[]byte](t)(os.ReadFile(file))
+	login := func() (end func()) {
+		must.Do(t, os.Truncate(file, 0))
+		written := make(chan error)
+		time.AfterFunc(30*time.Millisecond, func() { written <- os.WriteFile(file, whole, 0o600) })
+		return func() { must.Do(t, <-written) }
+	}
+	end := login()
+	token, err := OpenUser(t.Context(), tok.URI, Options{})
+	end()
+	if err != nil {
+		t.Fatal(err)
+	}
+	must.Do(t, token.Close())
+	end = login()
+	if err := AsOfficer(tok.URI, PIN(tok.SOPIN), func(*Token) error { return nil }); err != nil {
+		t.Error(err)
+	}
+	end()
+}
+
 // SoftHSM is reinitialised now and then: it keeps a part of each session object until then.
 func TestSoftHSMIsRenewed(t *testing.T) {
 	tok := softhsmtest.Token(t)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
@@ -78,6 +79,10 @@ func OpenUser(_ context.Context, tokenURI string, o Options) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
+	return settled(func() (*Token, error) { return openUser(u, pin, o) })
+}
+
+func openUser(u *uri, pin PIN, o Options) (*Token, error) {
 	t, err := connect(u, o)
 	if err != nil {
 		return nil, err
@@ -106,7 +111,7 @@ func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 	if err != nil {
 		return err
 	}
-	t, err := connect(u, Options{})
+	t, err := settled(func() (*Token, error) { return connect(u, Options{}) })
 	if err != nil {
 		return err
 	}
@@ -118,6 +123,19 @@ func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 		return Explain("log in to "+t.String()+" as the security officer", err)
 	}
 	return f(t)
+}
+
+// settled tries again, for some 0.3 s, to open a token that another process may be logging in to: SoftHSM 2.6.1 then
+// empties the token's file before it writes it, and whoever looks meanwhile finds no token, or one without a PIN.
+func settled(open func() (*Token, error)) (*Token, error) {
+	for pause := 10 * time.Millisecond; ; pause *= 2 {
+		t, err := open()
+		if _, gone := errors.AsType[noTokenError](err); pause > 160*time.Millisecond ||
+			!gone && !ck.IsCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
+			return t, err
+		}
+		time.Sleep(pause)
+	}
 }
 
 // SeesLate says whether the token is SoftHSM, whose threads may see late what another process has made.
