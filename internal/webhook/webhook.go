@@ -189,6 +189,9 @@ func (s *Sender) try(ctx context.Context, e event) error {
 	r.Header.Set("Webhook-Timestamp", at)
 	r.Header.Set("Webhook-Signature", "v1,"+Signature(secret, e.ID, at, body))
 	answer, err := s.o.Client.Do(r)
+	if e, ok := errors.AsType[*url.Error](err); ok {
+		err = e.Err // without the URL, which may have a key in it
+	}
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -90,6 +91,19 @@ func TestSend(t *testing.T) {
 	testproc.Await(t, "an event is sent", func() bool { return s.count("sent") == 1 })
 	if s.count("retried") != 2 || s.count("dropped") != 0 {
 		t.Errorf("retried %d, dropped %d", s.count("retried"), s.count("dropped"))
+	}
+}
+
+// A receiver's address may have a key in it: the log has none of it.
+func TestNoURLInTheLog(t *testing.T) {
+	log := new(testproc.Log)
+	s, _ := newSender(t, func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, func(o *Options) {
+		o.URL, o.Log = o.URL+"/hook/PATH-KEY?key=QUERY-KEY", slog.New(slog.NewJSONHandler(log, nil))
+	})
+	s.Send("test.kind", "subject", nil)
+	testproc.Await(t, "a failed try", func() bool { return s.count("retried") > 1 })
+	if text := log.String(); strings.Contains(text, "KEY") || !strings.Contains(text, "EOF") {
+		t.Errorf("the log: %s", text)
 	}
 }
 
