@@ -200,7 +200,7 @@ type Quorum struct {
 // Add adds a share, or says why not.
 func (q *Quorum) Add(s *Share) error {
 	if s.Token != q.Token {
-		return fmt.Errorf("%v is of the token with serial number %s, not of %s", s, s.Token, q.Token)
+		return fmt.Errorf("%v is of the token with serial number %q, not of %q", s, s.Token, q.Token)
 	}
 	if len(q.Splits) > 0 && !slices.Contains(q.Splits, s.Split.Split) {
 		return fmt.Errorf("%v is of another split than the one that the token names, %s", s,

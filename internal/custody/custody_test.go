@@ -103,6 +103,7 @@ func TestAddRefuses(t *testing.T) {
 	_, a := split(t, "0123", 2, 3)
 	_, b := split(t, "0123", 2, 3)
 	_, c := split(t, "4567", 2, 3)
+	_, d := split(t, "\x1b[2J0123", 2, 3) // witnesses look at the terminal
 	for _, e := range []struct {
 		name  string
 		q     Quorum
@@ -114,7 +115,8 @@ func TestAddRefuses(t *testing.T) {
 		{"of another split", Quorum{Token: "0123"}, a[:1], b[1], "not of the same split"},
 		{"of a split that is not the token's", Quorum{Token: "0123", Splits: []hsmkeys.Split{a[0].Split.Split}}, nil,
 			b[0], "of another split than the one that the token names"},
-		{"of another token", Quorum{Token: "0123"}, nil, c[0], "serial number 4567"},
+		{"of another token", Quorum{Token: "0123"}, nil, c[0], `serial number "4567"`},
+		{"that clears the screen", Quorum{Token: "0123"}, nil, d[0], `serial number "\x1b[2J0123"`},
 	} {
 		for _, s := range e.first {
 			if err := e.q.Add(s); err != nil {
