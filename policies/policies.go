@@ -48,9 +48,9 @@ func render(role string, values map[string]any, names ...string) (string, error)
 			return "", err
 		}
 	}
-	// the mount: its auditor would be the operator "auditor" of another one
-	if strings.HasSuffix(names[0], "-operator") {
-		return "", fmt.Errorf("the mount %s ends in -operator, as the names of operators' policies do: name it "+
+	// the mount: its auditor would be the operator "auditor", or "x-auditor", of another one
+	if strings.Contains(names[0]+"-", "-operator-") {
+		return "", fmt.Errorf("the mount %s has -operator in it, as the names of operators' policies do: name it "+
 			"otherwise", names[0])
 	}
 	t, err := template.ParseFS(files, role+".hcl")

@@ -431,7 +431,13 @@ func TestOperatorNames(t *testing.T) {
 		}
 	}
 	// Its auditor's policy would be that of an operator "auditor" of the mount kme.
-	if text, err := policies.Of("kme-operator", policies.Auditor); err == nil {
-		t.Errorf("mount kme-operator: %s", text)
+	// They would have the policies of operators of the mount kme: auditor, b-auditor and b-operator-c.
+	for _, mount := range []string{"kme-operator", "kme-operator-b"} {
+		if text, err := policies.Of(mount, policies.Auditor); err == nil {
+			t.Errorf("mount %s: %s", mount, text)
+		}
+		if text, err := policies.Operator(mount, "c", []string{"L1"}); err == nil {
+			t.Errorf("mount %s: %s", mount, text)
+		}
 	}
 }
