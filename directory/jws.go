@@ -238,9 +238,9 @@ func parseJWS(jws []byte) (*jose.JSONWebSignature, error) {
 	return object, nil
 }
 
-// Verify refuses a JWS that is not this manufacturer's, of this type, with exactly the headers alg, kid
-// and typ, and after a rotation succession, and parses its payload strictly. object is the name for
-// errors, which are *RefusedErrors.
+// Verify refuses a JWS unless it is this manufacturer's, of this type, and has exactly the headers alg, kid and typ,
+// and after a rotation succession. It parses the payload strictly. object is the name for errors, which are
+// *RefusedErrors.
 func (v *Verifier) Verify(typ Type, object string, jws []byte, into any) error {
 	_, err := v.verify(typ, object, jws, into)
 	return err

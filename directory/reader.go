@@ -287,8 +287,8 @@ func (r *Reader) ReadRevocations(ctx context.Context, m *Manifest) (*Revocations
 }
 
 // CompareRevocationPart reads a part of a lot's revocations from the store, not from the cache: the version that list
-// names, or a later one; empty, with version 0, if neither has it. complete is false if the part is later than list
-// says: a run was killed between the two, or is under way.
+// names, or a later one. If neither list nor store has the part, it is empty, with version 0. complete is false if the
+// part is later than list says: a run was killed after it wrote the part, or is under way.
 func (r *Reader) CompareRevocationPart(ctx context.Context, m *Manifest, list *Revocations,
 	n int) (part *RevocationPart, complete bool, err error) {
 	p, err := readPart(ctx, r.store, r.verifier, m, n, list.ref(n))

@@ -144,8 +144,8 @@ type Enrolled struct {
 }
 
 // EnrollOperator makes an operator's KEK in the token, as the security officer, and wraps it for the operator's
-// transport key. generation is that of the KEK: 0 for the newest, and one more than that to rotate it; an earlier one
-// opens what was wrapped under it. It opens the token itself: nothing else in the process may have it open.
+// transport key. generation is that of the KEK: 0 for the newest; the next one rotates it; an earlier one is for what
+// was wrapped under it. EnrollOperator opens the token itself: nothing else in the process may have it open.
 func EnrollOperator(ctx context.Context, tokenURI string, officer hsmkeys.PIN, operator string,
 	transport *rsa.PublicKey, generation int) (*Enrolled, error) {
 	done := func(kek hsmkeys.Key, wrapped []byte, s *directory.Signer) ([]byte, map[string]string, error) {

@@ -108,10 +108,10 @@ func next(ctx context.Context, token Token, k hsmkeys.Key, generation int) (hsmk
 	return k, nil
 }
 
-// RotateSigningKey makes a generation of the signing key, from 2 on; the one that there is already stays as it is. What
-// is signed from then on carries the statements that lead to it from the first one, which readers go on pinning; the
-// line goes on meanwhile, and the commands that are begun after this use the new key. The earlier keys stay in the
-// token, to sign those statements.
+// RotateSigningKey makes a generation of the signing key, from 2 on. If the token has it already, it stays as it is.
+// The line goes on meanwhile; commands that begin later sign with the new key. What they sign carries the statements
+// that lead from the first key, which readers still pin, to the new one. The earlier keys stay in the token, to sign
+// those statements.
 func RotateSigningKey(ctx context.Context, token Token, generation int) (keyID string, created bool, err error) {
 	if _, err := openSigner(token); err != nil {
 		return "", false, err

@@ -85,8 +85,8 @@ func (l *Line) RevocationLoss(ctx context.Context, lot string, imeis []kme.IMEI)
 	return loss, nil
 }
 
-// Refresh signs a lot's list of revoked devices anew, with a later next_update, good for validity; with 0, for as long
-// as the last one was. begin publishes the first list of a lot that was made before lots had one from the start.
+// Refresh signs a lot's list of revoked devices anew, good for validity; with 0, for as long as the last one was. With
+// begin, it publishes the first list of a lot that was made before lots had one from the start.
 func (l *Line) Refresh(ctx context.Context, lot string, validity time.Duration,
 	begin bool) (*directory.Revocations, error) {
 	m, err := l.Lot(ctx, lot)

@@ -16,9 +16,9 @@ import (
 	"github.com/kmehsm/kmehsm/internal/weakkey"
 )
 
-// Storage and ledger key leave a token for another one, by RSA-OAEP under a key that the other one made (NewRestoreKey)
-// and the security officer of this one has imported as TRUSTED (ImportRecipient). It is TRUSTED only while a backup is
-// made, and wraps no other key.
+// Storage and ledger key leave a token for another one, wrapped by RSA-OAEP. The other token has made the RSA key
+// (NewRestoreKey), and the security officer of this one has imported it as TRUSTED (ImportRecipient). It is TRUSTED
+// only while a backup is made, and wraps no other key.
 
 // ImportRecipient imports the RSA key that receives the storage and ledger key. It logs in as the security officer,
 // once: no token of the URI may be open in the process.

@@ -14,10 +14,11 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
-// A Rotation seals KMEs again, under the newest generation of the storage key. It needs copies of the earlier storage
-// keys: by their CKA_UNWRAP_TEMPLATE, no KME that they unwrap can be wrapped again. So, as in a backup, they are
-// wrapped under an RSA key that the security officer has imported, whose private half is in the same token, and
-// unwrapped as session objects without such a template. These end with the process. No KME is ever in its memory.
+// A Rotation seals KMEs again, under the newest generation of the storage key. By the CKA_UNWRAP_TEMPLATE of the
+// earlier storage keys, no KME that they unwrap can be wrapped again. So a Rotation needs copies of them without that
+// template. As in a backup, the keys are wrapped under an RSA key that the security officer has imported. Its private
+// half is in the same token, and unwraps the copies as session objects, which end with the process. No KME is ever in
+// its memory.
 type Rotation struct {
 	*OperatorToken
 	Newest int  // the generation that KMEs are sealed under

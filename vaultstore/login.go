@@ -62,9 +62,8 @@ func (l Login) Validate() error {
 	return nil
 }
 
-// Connect makes a client from Vault's usual environment (VAULT_ADDR, VAULT_CACERT and so on), logs in, and
-// keeps the token alive until ctx ends: it is renewed, and when that ends, there is a new login. log gets what
-// happens to it, never a token.
+// Connect makes a client from Vault's usual environment (VAULT_ADDR, VAULT_CACERT and so on), and logs in. Until ctx
+// ends, it renews the token, and logs in anew when a token ends. log is told of that, but never gets a token.
 func Connect(ctx context.Context, l Login, log *slog.Logger) (*api.Client, error) {
 	if err := l.Validate(); err != nil {
 		return nil, settings{error: err}

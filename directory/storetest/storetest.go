@@ -16,8 +16,8 @@ import (
 	"github.com/kmehsm/kmehsm/internal/must"
 )
 
-// Run runs the suite. newStore gives an empty store each time; what it gives twice for one store, if it can, are two
-// ways to the same objects, as two processes have.
+// Run runs the suite. newStore gives an empty store each time, as two processes see it: both values are the same store,
+// opened twice if that can be.
 func Run(t *testing.T, newStore func(t *testing.T) (one, two directory.Store)) {
 	ctx := context.Background()
 	path := directory.ManifestPath("L1")

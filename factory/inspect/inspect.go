@@ -78,10 +78,11 @@ func (v *verifying) problem(format string, args ...any) {
 	v.found.Problems = append(v.found.Problems, fmt.Sprintf(format, args...))
 }
 
-// Lot checks a lot: every signature; that every IMEI of the lot is there exactly once; that every public key is of the
-// lot's suite and on its curve, and no two are the same; the modulus; and that the injection packages below packages,
-// unless that is empty, are those of the published keys. The Verification has what is wrong; an error means that the
-// check could not be made. report gets the number of devices verified so far, from one goroutine at a time.
+// Lot checks a lot: every signature; the modulus; that every IMEI of the lot is there exactly once; that every public
+// key is of the lot's suite and on its curve, and that no two are the same. If packages is not empty, it also checks
+// that the injection packages below that folder are those of the published keys. The Verification has what is wrong; an
+// error means that the check could not be made. report gets the number of devices verified so far, from one goroutine
+// at a time.
 func Lot(
 	ctx context.Context, store directory.Store, verifier *directory.Verifier, lot, packages string,
 	report func(devices int),

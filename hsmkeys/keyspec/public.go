@@ -17,8 +17,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// RSAPublic is the template of a public key object that is destroyed after it was read: the private object has the
-// modulus, too, and a second object would have to agree with it for ever.
+// RSAPublic is the template of a public key object, which is read and then destroyed: the private object has the
+// modulus, too, and two objects could come to differ.
 func RSAPublic(bits int) ck.Attributes {
 	return ck.Attributes{
 		ck.Attr(pkcs11.CKA_TOKEN, false), ck.Attr(pkcs11.CKA_PRIVATE, false),

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// LeftFor is how long a session object that is not needed any more, a KME for example, stays in the token at most; plus
-// the time of the operation that uses its session then, and of C_CloseSession.
+// LeftFor is how long a session object stays in the token at most when it is not needed any more, a KME for example.
+// The operation that then uses its session, and C_CloseSession, come on top of that.
 const LeftFor = time.Second
 
 // How many of them a session holds at most, if the token has the room. If calls take long it may be more, since there

@@ -356,9 +356,9 @@ func Requiring(action cli.ActionFunc, flags ...string) cli.ActionFunc {
 	}
 }
 
-// flagsFirst moves flags before the arguments of the command that they are given to, wherever they stand: our
-// commands read better as "lot create NAME --tac ...", and package flag stops at the first argument. It fails if a flag
-// has two values, of which package flag would forget the first.
+// flagsFirst moves flags before the arguments of their command. Our commands read better as "lot create NAME --tac
+// ...", but package flag stops at the first argument. It fails if a flag has two values, of which package flag would
+// forget the first.
 func flagsFirst(app *cli.App, args []string) ([]string, error) {
 	takesValue, isList := map[string]bool{}, map[string]bool{}
 	var collect func([]*cli.Command)

@@ -25,9 +25,9 @@ type Step struct {
 	Detail any    // more for programs: a struct, whose fields stand beside those of the JSON document
 }
 
-// Progress shows how far a command's work is, on standard error: on a terminal in a line that changes, below all else
-// that is written there; else in a line every few seconds, which with --json is a JSON document. It may be used
-// concurrently.
+// Progress shows on standard error how far a command's work is. On a terminal, it is a line that changes, below all
+// else that is written there. Elsewhere, it is a line every few seconds, which with --json is a JSON document. It may
+// be used concurrently.
 type Progress struct {
 	w          io.Writer
 	what, unit string

@@ -10,9 +10,9 @@ import (
 	"syscall"
 )
 
-// AppendLine appends the line that next makes of the last one (both without their line ends) to a file, which it makes
-// if there is none, and returns when the line would survive a loss of power. Others who append to the file wait. A line
-// that a crash cut short never counted, and is removed.
+// AppendLine appends a line to a file, which it makes if there is none, and returns when the line would survive a loss
+// of power. next makes the line of the last one, both without their line ends. Others who append to the file wait. A
+// line that a crash cut short never counted, and is removed.
 func AppendLine(path string, perm os.FileMode, next func(last []byte) ([]byte, error)) (err error) {
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, perm)
 	if err != nil {

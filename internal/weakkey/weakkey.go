@@ -55,8 +55,8 @@ func CheckWrapping(pub *rsa.PublicKey) error {
 	return nil
 }
 
-// checkModulus refuses, of a key that others have made and of any length, what can be seen of a modulus at once: a
-// small factor, a prime, a square, ROCA.
+// checkModulus refuses a modulus of any length that others have made, if a quick look shows that it is weak: a small
+// factor, a prime, a square, ROCA.
 func checkModulus(n *big.Int) error {
 	root := new(big.Int).Sqrt(n)
 	switch {
@@ -83,10 +83,9 @@ var smallPrimes = sync.OnceValue(func() *big.Int {
 	return product
 })
 
-// CommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: both keys are
-// then open to anybody who computes a greatest common divisor. For one new modulus, the product of the earlier ones is
-// needed only modulo it, which costs one multiplication each, on all processors; a product tree pays when all are
-// checked against all.
+// CommonFactors refuses a modulus that shares a prime with an earlier one, or is one of them: whoever computes their
+// greatest common divisor has both keys. For one new modulus, the product of the earlier ones is needed only modulo the
+// new one. That costs one multiplication each, on all processors. A product tree pays when all are checked against all.
 func CommonFactors(n *big.Int, earlier iter.Seq2[string, *big.Int]) error {
 	var all []*big.Int
 	for name, m := range earlier {
