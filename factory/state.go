@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/google/renameio/v2"
+
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/auditlog"
 	"github.com/kmehsm/kmehsm/factory/shard"
@@ -45,10 +47,7 @@ func (s State) linkPackages(lot, dir string) error {
 	if err := durable.MkdirAll(s.Injection(), 0o700); err != nil {
 		return err
 	}
-	if err := os.Remove(link); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := os.Symlink(dir, link); err != nil {
+	if err := renameio.Symlink(dir, link); err != nil {
 		return err
 	}
 	return durable.SyncDir(s.Injection())
