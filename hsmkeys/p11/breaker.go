@@ -26,17 +26,12 @@ type breaker struct {
 
 func newBreaker() *breaker { return &breaker{opened: make(chan struct{})} }
 
-// check gives the error that calls are refused with; nil if they pass. The channel is closed when the breaker opens.
-func (b *breaker) check() (<-chan struct{}, error) {
+// status is the breaker's state, and the error that calls are refused with; nil if they pass. opened is closed when the
+// breaker opens.
+func (b *breaker) status() (state State, opened <-chan struct{}, cause error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.opened, b.cause
-}
-
-func (b *breaker) status() (State, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.state, b.cause
+	return b.state, b.opened, b.cause
 }
 
 // open opens it, and says whether it was closed.

@@ -235,7 +235,7 @@ func run[T any](
 // take waits for one place of idle. If the token is far, it takes more, up to so many, as far as they are free: it
 // never waits for a place while it has another one.
 func (t *Token) take(ctx context.Context, most int) (held []*Session, err error) {
-	lost, cause := t.breaker.check()
+	_, lost, cause := t.breaker.status()
 	if cause != nil {
 		return nil, cause
 	}
@@ -245,7 +245,7 @@ func (t *Token) take(ctx context.Context, most int) (held []*Session, err error)
 	select {
 	case <-t.idle.places:
 	case <-lost:
-		_, cause := t.breaker.check()
+		_, _, cause := t.breaker.status()
 		if cause == nil { // the token is back already
 			cause = ErrUnavailable
 		}
@@ -254,7 +254,7 @@ func (t *Token) take(ctx context.Context, most int) (held []*Session, err error)
 		return nil, ctx.Err()
 	}
 	// Select picks at random. So look again: a caller or a token may be gone.
-	if _, cause := t.breaker.check(); cause != nil || ctx.Err() != nil {
+	if _, _, cause := t.breaker.status(); cause != nil || ctx.Err() != nil {
 		t.idle.places <- struct{}{}
 		return nil, errors.Join(cause, ctx.Err())
 	}

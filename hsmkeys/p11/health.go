@@ -35,7 +35,7 @@ type health struct {
 
 // Health may be asked at any time.
 func (t *Token) Health() Health {
-	state, cause := t.breaker.status()
+	state, _, cause := t.breaker.status()
 	return Health{State: state, Cause: cause, Hung: t.health.hung.Load(),
 		Reinitialised: t.health.reinitialised.Load(), Panics: t.health.panics.Load()}
 }
