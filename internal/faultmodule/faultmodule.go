@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/must"
 )
 
 //go:embed module
@@ -105,9 +107,7 @@ func (m *Module) Set(lines ...string) error {
 // Tell is Set for a test.
 func (m *Module) Tell(t testing.TB, lines ...string) {
 	t.Helper()
-	if err := m.Set(lines...); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, m.Set(lines...))
 }
 
 // Counts gives how often each function was called so far.
@@ -122,7 +122,7 @@ func (m *Module) Counts() map[string]uint64 {
 	return all
 }
 
-// Figures are what the module counts beside calls, since it was loaded.
+// Figures are what the module counts beside calls, since it was loaded; in the order in which it has them.
 type Figures struct {
 	Longest      uint64        // how many calls came one after the other: each began when the one before had ended
 	Decryptions  uint64        // RSA decryptions, of a "network"
@@ -138,14 +138,10 @@ type Figures struct {
 // Figures gives them as they are now.
 func (m *Module) Figures() (f Figures) {
 	data, _ := os.ReadFile(m.counts)
-	at := func(i int) uint64 {
-		if i = 8 * (len(m.functions) + i); i+8 <= len(data) {
-			return binary.NativeEndian.Uint64(data[i:])
-		}
-		return 0
+	if at := 8 * len(m.functions); at < len(data) {
+		binary.Decode(data[at:], binary.NativeEndian, &f)
 	}
-	return Figures{Longest: at(0), Decryptions: at(1), Replayed: at(2), Idle: time.Duration(at(3)),
-		MostSessions: at(4), MostObjects: at(5), Refused: at(6), Sessions: at(7), Objects: at(8)}
+	return f
 }
 
 // Of says how many calls an operation makes by way of the module, by function, and how many of them come one after the

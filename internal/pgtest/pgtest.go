@@ -179,10 +179,8 @@ func (s *Server) initdb(t testing.TB) {
 // folder makes the folder of a server, which ends with the test.
 func folder(t testing.TB) *Server {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "pgtest-") // not t.TempDir(), whose parents the server's user may not enter
-	if err != nil {
-		t.Fatal(err)
-	}
+	// Not t.TempDir(), whose parents the server's user may not enter.
+	dir := must.Get[string](t)(os.MkdirTemp("", "pgtest-"))
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	own(t, dir)
 	return in(t, dir)
@@ -461,9 +459,7 @@ func credential(t testing.TB) *syscall.Credential {
 	if err != nil {
 		u, err = user.Lookup("nobody")
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, err)
 	uid, uerr := strconv.Atoi(u.Uid)
 	gid, gerr := strconv.Atoi(u.Gid)
 	must.Do(t, errors.Join(uerr, gerr))

@@ -36,13 +36,9 @@ func NSS(t testing.TB) Tok {
 	dir := t.TempDir()
 	tok := Tok{Label: "nss", PIN: "nss-pin-12", PINFile: filepath.Join(dir, "pin"),
 		Module: filepath.Join(dir, "libsoftokn3.so")}
-	if err := os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, os.WriteFile(tok.PINFile, []byte(tok.PIN), 0o600))
 	// With the usual 10,000 rounds for each value that it reads from its file, an establishment takes 60 times as long.
-	if err := os.Setenv(NSSRounds, "1"); err != nil {
-		t.Fatal(err)
-	}
+	must.Do(t, os.Setenv(NSSRounds, "1"))
 	if out, err := exec.Command("certutil", "-N", "-d", "sql:"+dir, "-f", tok.PINFile).CombinedOutput(); err != nil {
 		t.Fatalf("certutil: %v: %s: scripts/deps.sh check installs it", err, out)
 	}

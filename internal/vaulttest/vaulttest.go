@@ -47,10 +47,7 @@ func Any(t testing.TB) *Server {
 			t.Fatalf("the server of VAULT_ADDR has a mount %s already: the tests do not touch it", ours)
 		}
 	}
-	known, err := sys.ListPolicies()
-	if err != nil {
-		t.Fatal(err)
-	}
+	known := must.Get[[]string](t)(sys.ListPolicies())
 	t.Cleanup(func() {
 		after, err := sys.ListMounts()
 		for path := range after {
@@ -134,9 +131,7 @@ func (s *Server) Thaw(t testing.TB) { s.signal(t, syscall.SIGCONT) }
 
 func (s *Server) signal(t testing.TB, signal syscall.Signal) {
 	t.Helper()
-	if err := syscall.Kill(-s.process.Cmd.Process.Pid, signal); err != nil { // vaultrun and the server are one group
-		t.Fatal(err)
-	}
+	must.Do(t, syscall.Kill(-s.process.Cmd.Process.Pid, signal)) // vaultrun and the server are one group
 }
 
 // Restart starts a killed server again at its address; sealed leaves it sealed.
