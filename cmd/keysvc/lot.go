@@ -25,9 +25,8 @@ func lotCommand() *cli.Command {
 				Name: "import", Usage: "import a granted lot's key into the token, and prove that it fits the lot's " +
 					"modulus", ArgsUsage: "FILE",
 				Description: "A running service serves the lot after a SIGHUP.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag,
-					&cli.StringFlag{Name: "reinstate", Usage: "serve a lot again that was retired, for this `REASON`"},
-					cmdline.JSON},
+				Flags: storeFlags(&cli.StringFlag{Name: "reinstate",
+					Usage: "serve a lot again that was retired, for this `REASON`"}),
 				Action: cmdline.Alone(lotImport),
 			},
 			{Name: "list", Usage: "list the lots", Flags: storeFlags(), Action: lotList},
@@ -36,10 +35,8 @@ func lotCommand() *cli.Command {
 				Description: "For a lot whose P and Q are not secret any more, or that is not needed. A running " +
 					"service does so after a SIGHUP. Devices that are bound are still served: keysvc binding " +
 					"report lists them. With several tokens, run this once for each.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, reasonFlag,
-					&cli.StringFlag{Name: "manufacturer",
-						Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.Yes,
-					cmdline.JSON},
+				Flags: storeFlags(reasonFlag, &cli.StringFlag{Name: "manufacturer",
+					Usage: "whose lot it is, by `ID`, if several have one of this name"}, cmdline.Yes),
 				Action: cmdline.Alone(cmdline.Requiring(lotRetire, "reason")),
 			},
 		},

@@ -49,9 +49,8 @@ A script may give --token, --state, --directory and --json to each command: one 
 					"does not: keysvc doctor says more. Running it again changes nothing. It makes the --state " +
 					"folder, and notes the token there: commands without --token use this one. No other command " +
 					"makes a database; keysvc store upgrade makes the tables in PostgreSQL.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, acceptFlag,
-					&cli.BoolFlag{Name: "new-store", Usage: "make an empty database although the token has written " +
-						"another one: that one is lost, with all decisions in it"}, cmdline.JSON},
+				Flags: storeFlags(acceptFlag, &cli.BoolFlag{Name: "new-store", Usage: "make an empty database " +
+					"although the token has written another one: that one is lost, with all decisions in it"}),
 				Action: cmdline.AloneMaking(initToken),
 			},
 			transportCommand(),
@@ -61,15 +60,14 @@ A script may give --token, --state, --directory and --json to each command: one 
 				Description: "Be sure that the key is the manufacturer's: the service believes whatever it signs. " +
 					"The manufacturer reads out its thumbprint, as factory init prints it, over a trusted channel: " +
 					"in person, or by telephone. The transport key of this enrolment is destroyed.",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, &cli.StringFlag{Name: "directory",
+				Flags: storeFlags(&cli.StringFlag{Name: "directory",
 					Usage: "where the manufacturer publishes its public keys, `WHERE`: file:DIR or vault:MOUNT"},
 					&cli.StringFlag{Name: "manufacturer", Usage: "the manufacturer's public signing key, as `PEM`"},
 					&cli.StringFlag{Name: "thumbprint",
 						Usage: "that key's thumbprint, `T`, as the manufacturer reads it out"},
 					&cli.StringSliceFlag{Name: "tac", Usage: "a type allocation code, `TAC`, of its devices; repeat " +
 						"it for each. Its lots may have no other TACs, and lots of other manufacturers not these " +
-						"(default: those given before; else all that no other manufacturer has)"},
-					cmdline.JSON},
+						"(default: those given before; else all that no other manufacturer has)"}),
 				Action: cmdline.Alone(cmdline.Requiring(enroll, "manufacturer", "thumbprint")),
 			},
 			lotCommand(),

@@ -21,21 +21,21 @@ func storageCommand() *cli.Command {
 		Subcommands: []*cli.Command{
 			{
 				Name: "list", Usage: "list the generations that the token has, and how many KMEs are sealed under each",
-				Flags: []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.JSON}, Action: storageList,
+				Flags: storeFlags(), Action: storageList,
 			},
 			{
 				Name: "rotate", Usage: "make a new storage key, and seal all KMEs again under it, while services serve",
 				Description: "If it is interrupted, run it again. Services use the new key by themselves. With " +
 					"several tokens, bring the new key to the others with keysvc backup: until then they cannot open " +
 					"KMEs under it. At the end, run keysvc storage retire.",
-				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, soPINFlag, cmdline.JSON},
+				Flags:  storeFlags(soPINFlag),
 				Action: cmdline.Alone(cmdline.Requiring(storageRotate, "so-pin-source")),
 			},
 			{
 				Name: "retire", Usage: "destroy the earlier storage keys, if nothing is sealed under them any more",
 				Description: "A backup of the store that was made before the rotation cannot be used after that. " +
 					"With several tokens, run this once for each.",
-				Flags:  []cli.Flag{cmdline.Token, stateFlag, storeFlag, cmdline.Yes, cmdline.JSON},
+				Flags:  storeFlags(cmdline.Yes),
 				Action: cmdline.Alone(storageRetire),
 			},
 		},
