@@ -34,6 +34,9 @@ var deviceFlags = []cli.Flag{
 var jsonFlag = &cli.BoolFlag{Name: "json",
 	Usage: "for scripts that give it to every command: the result is JSON anyway"}
 
+var subscribersFlag = &cli.StringFlag{Name: "subscribers",
+	Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"}
+
 var serverFlags = []cli.Flag{
 	&cli.StringFlag{Name: "server", Usage: "keysvc's `URL`: https://HOST:PORT, or unix:/path; several instances of " +
 		"one store with commas between; attach and load --whole take s6a:/path too, the test MME of " +
@@ -79,8 +82,7 @@ the times are those of EstablishKME. Fails if an untouched device is rejected, o
 						"(default: 001010000000000; anywhere above for a device whose IMSI is bound already, and " +
 						"with --tamper)"},
 					&cli.StringFlag{Name: "tamper", Usage: "what is wrong with the devices, a `KIND`"},
-					&cli.StringFlag{Name: "subscribers",
-						Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
+					subscribersFlag,
 				}, serverFlags, deviceFlags),
 				Action: connected(attach),
 			},
@@ -101,8 +103,7 @@ The service's own limits hold: a device's payloads a second (imei_rate, imei_bur
 					&cli.Float64Flag{Name: "rate",
 						Usage: "EstablishKME, or whole attaches, a second, `N` (default: as many as there can be)"},
 					&cli.BoolFlag{Name: "whole", Usage: "measure whole attaches instead of the calls"},
-					&cli.StringFlag{Name: "subscribers",
-						Usage: "with --server s6a:PATH: the SIMs, a `FILE` with IMSI, K and OPc on each line"},
+					subscribersFlag,
 					&cli.StringFlag{Name: "first-imsi",
 						Usage: "the first `IMSI`; the others count on from it (default: anywhere in 00101, the test " +
 							"network)"},
