@@ -10,8 +10,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
 
-// Two roles: the owner of the tables makes and changes them; a service's own may do what it has to, and no more.
-
 // Rights are what a service's role is granted.
 type Rights struct {
 	On         map[string]string // each table: SELECT, INSERT, ...
