@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"slices"
 	"strconv"
 	"strings"
@@ -228,6 +227,3 @@ func (q *BindingQuery) Has(imsi string) bool {
 	}
 	return (q.After == "" || imsi > q.After) && (q.Within == nil || begins(q.Within)) && !begins(q.Without)
 }
-
-// Entries gives all entries, chain after chain.
-type Entries = iter.Seq2[Entry, error]

@@ -127,8 +127,8 @@ func (s *Service) enter(ctx context.Context) (leave func(), err error) {
 	return func() { s.metrics.inFlight.Dec(); s.limits.Leave(client) }, nil
 }
 
-// CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are
-// cached are served all the same.
+// CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served
+// all the same.
 func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
 	return s.lots.CheckDirectories(ctx)
 }

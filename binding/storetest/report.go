@@ -76,8 +76,8 @@ func reportNotOK(t *testing.T, s Store) {
 	bind(t, s, imsi, device(t, 1), []byte("tag 2"))
 }
 
-// With an administrator's attempt an active binding gets a pending one beside it; it stands
-// until that one has shown itself.
+// With an administrator's attempt an active binding gets a pending one beside it; it stands until that one has shown
+// itself.
 func openedBesideActive(t *testing.T, s Store) {
 	for n, ok := range []bool{true, false} {
 		imsi := subscription(t, n)

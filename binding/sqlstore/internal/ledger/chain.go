@@ -283,8 +283,7 @@ func (l Ledger) atRest(ctx context.Context, took time.Duration) error {
 	}
 }
 
-// Verify is verifyChain as far as the chain goes when this begins: what is added
-// meanwhile is looked at next time.
+// Verify is verifyChain as far as the chain goes when this begins: what is added meanwhile is looked at next time.
 func (c *Chains) Verify(
 	ctx context.Context, q sqlconn.Conn, chain int64, each func(tables.Row) error, pause rest,
 ) (n int, digest []byte, err error) {

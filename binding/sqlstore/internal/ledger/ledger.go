@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"iter"
 	"strings"
 	"time"
 
@@ -87,8 +88,7 @@ func (c *Chains) entryMAC(values []any, before []byte) []byte {
 
 // Head is the last entry of a chain.
 func (c *Chains) Head(ctx context.Context, q sqlconn.Conn, chain int64) (h binding.Head, err error) {
-	// A sum, since SQLite compiles a statement anew at each use that orders rows by what
-	// follows a parameter in an index.
+	// A sum, since SQLite compiles a statement anew at each use that orders rows by what follows a parameter in an index.
 	_, err = q.One(ctx, []any{&h.Seq, (*[]byte)(&h.MAC)},
 		`SELECT seq, mac FROM ledger WHERE chain = $1 + 0 ORDER BY seq DESC LIMIT 1`, chain)
 	return h, err
@@ -238,7 +238,7 @@ func (c *Chains) isActor(entry tables.Row, text string) bool {
 }
 
 // Entries gives all entries, chain after chain.
-func (l Ledger) Entries(ctx context.Context) binding.Entries {
+func (l Ledger) Entries(ctx context.Context) iter.Seq2[binding.Entry, error] {
 	return func(yield func(binding.Entry, error) bool) {
 		stop := errors.New("stop")
 		err := l.chains.Each(ctx, l.chains.Reads("read the ledger"), func(e binding.Entry) error {
