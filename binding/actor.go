@@ -3,8 +3,6 @@ package binding
 import (
 	"context"
 	"log/slog"
-
-	"github.com/kmehsm/kmehsm/internal/who"
 )
 
 // An Actor is who asks for something: a client of the service, or a user at the command line. It stands in the ledger
@@ -29,9 +27,6 @@ func ActorOf(ctx context.Context) Actor {
 	a, _ := ctx.Value(actorKey{}).(Actor)
 	return a
 }
-
-// CommandActor is who runs a command.
-func CommandActor(command string) Actor { return Actor{Client: command, User: who.Name()} }
 
 // An actorLog adds the actor of the context to each line.
 type actorLog struct{ slog.Handler }

@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/cmdline"
 	"github.com/kmehsm/kmehsm/internal/keysvcd"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/operator"
+	"github.com/kmehsm/kmehsm/internal/who"
 )
 
 var storeFlag = &cli.StringFlag{Name: "store", EnvVars: []string{"KMEHSM_STORE"}, Category: cmdline.Configured,
@@ -70,7 +71,7 @@ func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store
 
 // asCommand makes the command the actor of later entries of the ledger.
 func asCommand(c *cli.Context) {
-	c.Context = binding.WithActor(c.Context, binding.CommandActor(c.Command.HelpName))
+	c.Context = binding.WithActor(c.Context, binding.Actor{Client: c.Command.HelpName, User: who.Name()})
 }
 
 func storeName(c *cli.Context) string {
