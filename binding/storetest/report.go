@@ -27,7 +27,7 @@ func reportFrom(t *testing.T, s Store, imsi kme.IMSI, o binding.Origin, ok bool,
 	return sub.Standing()
 }
 
-// activate has the vector under a pending binding go to nobody, who reports success.
+// activate sends nobody a vector under the pending binding, and reports nobody's success.
 func activate(t *testing.T, s Store, imsi kme.IMSI, now time.Time) *binding.Binding {
 	t.Helper()
 	if b, _ := prepare(t, s, imsi, t0); b == nil || b.State != binding.Pending {

@@ -1,4 +1,4 @@
-// Package tokenkeys looks after the operator token's own keys: it makes them, has KMEs sealed under later ones, and
+// Package tokenkeys looks after the operator token's own keys: it makes them, seals KMEs again under later ones, and
 // carries them to another token.
 package tokenkeys
 

@@ -24,7 +24,7 @@ type Memory struct{ t testing.TB }
 // canary is on the heap, so that a search that sees nothing is not taken for one that finds nothing.
 var canary = bytes.Clone([]byte("what every search has to find too"))
 
-// Of has no memory collected and used anew until the test ends: what is dropped stays to be found.
+// Of turns the garbage collector off until the test ends: memory that is dropped keeps its content, and is found.
 func Of(t testing.TB) Memory {
 	runtime.GC()
 	percent := debug.SetGCPercent(-1)

@@ -13,8 +13,8 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// loadRound is how many payloads are prepared at a time: enough that the pauses between rounds count for little, and
-// few enough that their attempts and the memory for them are none.
+// loadRound is how many payloads are prepared at a time: so many that the pauses between rounds count for little, and
+// so few that their attempts do not expire, and need little memory.
 const loadRound = 4096
 
 // A Measure is what one kind of call took.

@@ -83,7 +83,7 @@ func StartTLS(t testing.TB, address, certificate, key string) *Server {
 	return s
 }
 
-// listen has the server have TLS on an address, when it starts.
+// listen gives the server an address with TLS, from its next start on.
 func (s *Server) listen(address string) {
 	s.address = address
 	s.settings = []string{"-c", "listen_addresses=" + address, "-c", "ssl=on"}
@@ -267,7 +267,7 @@ func (s *Server) Named(t testing.TB, name string) string {
 	return s.url(name)
 }
 
-// Freeze stops the server where it is: connections stay, and nobody answers. Thaw has it go on.
+// Freeze stops the server where it is: connections stay, and nobody answers. Thaw lets it continue.
 func (s *Server) Freeze(t testing.TB) {
 	t.Helper()
 	s.signal(t, syscall.SIGSTOP)

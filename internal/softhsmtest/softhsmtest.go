@@ -216,8 +216,8 @@ func kept(softhsm string) ([]byte, error) {
 	return built, err
 }
 
-// keep has a token of a folder take its RSA keys from those that are kept. All processes share the folder's library, so
-// that none takes a key that another has.
+// keep makes a token of a folder take its RSA keys from those that are kept. All processes share the folder's library,
+// so that none takes a key that another has.
 func (t Tok) keep(dir string) (Tok, error) {
 	path := filepath.Join(dir, "kept.so")
 	if _, err := os.Stat(path); err != nil {

@@ -123,7 +123,8 @@ func (s *Server) Join(t testing.TB) *Server {
 // Kill ends the server as a loss of power would.
 func (s *Server) Kill() { s.process.Kill() }
 
-// Freeze stops the server where it is: its kernel goes on taking connections, and nobody answers. Thaw has it go on.
+// Freeze stops the server where it is: its kernel goes on taking connections, and nobody answers. Thaw lets it
+// continue.
 func (s *Server) Freeze(t testing.TB) { s.signal(t, syscall.SIGSTOP) }
 
 // Thaw is described at Freeze.

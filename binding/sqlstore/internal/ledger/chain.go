@@ -54,7 +54,7 @@ func (c *Chains) seenOf(chain int64) binding.Head {
 
 func (l Ledger) Moved() <-chan struct{} { return l.chains.moved }
 
-// refuse has every method fail from now on.
+// refuse makes every method fail from now on.
 func (c *Chains) refuse(err error) error {
 	c.refused.Store(&err)
 	return err
@@ -187,7 +187,7 @@ func (c *Chains) Accept(ctx context.Context, tx *Tx, mark *binding.Mark, reason 
 	return nil
 }
 
-// Accepted has the chains go on from a mark, that of an Accept which is durable.
+// Accepted notes how far the chains have come, when an Accept is durable.
 func (c *Chains) Accepted(now *binding.Mark) {
 	c.mu.Lock()
 	c.epoch, c.seen = now.Epoch, now.Heads
@@ -213,8 +213,8 @@ func (c *Chains) acceptChain(ctx context.Context, tx *Tx, mark *binding.Mark, ch
 	return err
 }
 
-// acceptedUpTo has, of each chain that was accepted although it was not whole, the number of the entry that says so;
-// that is missing where the chain is another one than then.
+// acceptedUpTo gives, for each chain that was accepted although it was not whole, the number of the last entry that
+// says so. A chain that was changed since then is left out.
 func (c *Chains) acceptedUpTo(ctx context.Context, q sqlconn.Conn) (map[int64]int64, error) {
 	last := map[int64]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {
@@ -270,7 +270,7 @@ func ignore(tables.Row) error { return nil }
 // A rest is made between the pages of a chain, after what a page took.
 type rest func(ctx context.Context, took time.Duration) error
 
-// atRest has a reading take a fiftieth of a core at most, however long the ledger is: the service works meanwhile.
+// atRest limits a reading to a fiftieth of a core, however long the ledger is: the service works meanwhile.
 func (l Ledger) atRest(ctx context.Context, took time.Duration) error {
 	if l.chains.Refusal() != nil { // nobody is served, and all wait for this
 		return ctx.Err()
@@ -309,7 +309,7 @@ func (c *Chains) verifyChain(
 		}
 	}
 	var last int64
-	// Also what somebody has put before the first is looked at. As the row has it: SQLite takes 999.5 too.
+	// It begins before 1, to see what somebody has put there. It has the type of the row: SQLite stores 999.5, too.
 	var after any = int64(math.MinInt64)
 	var before []byte
 	columns := len(tables.Ledger.Columns)

@@ -88,7 +88,8 @@ func (c *Chains) entryMAC(values []any, before []byte) []byte {
 
 // Head is the last entry of a chain.
 func (c *Chains) Head(ctx context.Context, q sqlconn.Conn, chain int64) (h binding.Head, err error) {
-	// A sum, since SQLite compiles a statement anew at each use that orders rows by what follows a parameter in an index.
+	// A sum, since SQLite compiles a statement anew at each use that orders rows by what follows a parameter in an
+	// index.
 	_, err = q.One(ctx, []any{&h.Seq, (*[]byte)(&h.MAC)},
 		`SELECT seq, mac FROM ledger WHERE chain = $1 + 0 ORDER BY seq DESC LIMIT 1`, chain)
 	return h, err
@@ -253,9 +254,9 @@ func (l Ledger) Entries(ctx context.Context) iter.Seq2[binding.Entry, error] {
 	}
 }
 
-// LastOf has the number of the last entry about each of the subjects whose names begin alike, and which were not
-// forgotten; what follows is its name there. That one was forgotten is believed of an entry of the service alone: it
-// has a row that is gone not missed.
+// LastOf gives the number of the last entry about each subject whose name begins so, by the rest of the name. It leaves
+// out subjects that were forgotten: nobody misses their rows. So it believes that only of an entry that the service
+// wrote.
 func (c *Chains) LastOf(ctx context.Context, q sqlconn.Conn, begin string) (map[string]int64, error) {
 	all := map[string]int64{}
 	err := q.Each(ctx, func(scan func(...any) error) error {

@@ -119,8 +119,8 @@ func lineValues(l binding.Line) []any {
 		l.Detail}
 }
 
-// PutBack adds lines that are missing to the ledger, each behind the one before it. It leaves those out whose KME
-// another row has, which the service has not written: of each subject so many are refused.
+// PutBack adds missing lines to the ledger, each behind the one before it. It leaves out a line if a row that the
+// service has not written has its KME. refused says how many lines of each subject were left out.
 func (c *Chains) PutBack(ctx context.Context, tx *Tx, lines []binding.Line) (refused map[string]int, err error) {
 	refused = map[string]int{}
 	at := map[int64]binding.Head{}

@@ -68,7 +68,7 @@ func (r *Recent) Put(key string, sub *Stored) {
 	r.subs[key] = &own
 }
 
-// Has says whether a change has left a pending binding of a key. Anybody may ask.
+// Has says whether a change has left a pending binding of a key. It may be called outside of changes.
 func (r *Recent) Has(key string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -81,8 +81,8 @@ func (r *Recent) Has(key string) bool {
 const hinted = hsmkeys.LookAgain
 
 // Pending is the pending binding that vectors of q are made under, if a change has left it just now and q does not end
-// it. Anybody may ask. Somebody else may have ended it since: whoever makes the vectors has that noted before they
-// leave, and that change finds out.
+// it. It may be called outside of changes. Somebody else may have ended the binding since: the change that notes the
+// vectors, before they leave, finds that out.
 func (r *Recent) Pending(q binding.VectorRequest) *binding.Binding {
 	r.mu.Lock()
 	sub := r.subs[q.IMSI.String()]

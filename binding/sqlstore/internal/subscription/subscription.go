@@ -280,7 +280,8 @@ var inRange = strings.NewReplacer("imsi = $1", "imsi > $1 AND imsi <= $2", "subj
 	"subject > $1 AND subject <= $2").Replace(ofIMSI[nothing])
 
 // Range reads all of the IMSIs behind one text up to another one. row is called for each of their bindings and
-// attempts: with a *binding.DamagedRow, or nil if it is the service's. Of wrong ones, all rows are, and Read fails.
+// attempts: with a *binding.DamagedRow, or nil if it is the service's. wrong has the IMSIs whose rows are all the
+// service's, but are not what it wrote last.
 func Range(
 	ctx context.Context, macs tables.Key, q sqlconn.Conn, after, upTo string, now time.Time, row func(error) error,
 ) (wrong []kme.IMSI, err error) {
