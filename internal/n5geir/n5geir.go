@@ -86,13 +86,6 @@ func (o Options) answer(r *http.Request) (status string, p *problem) {
 	return a.Status.String(), nil
 }
 
-// A parameter of the query is checked by what gives an error.
-type parameter struct {
-	name      string
-	mandatory bool
-	check     func(value string) error
-}
-
 var (
 	gpsi     = regexp.MustCompile(`^(msisdn-[0-9]{5,15}|extid-[^@]+@[^@]+)$`)
 	features = regexp.MustCompile(`^[A-Fa-f0-9]*$`)
@@ -101,8 +94,17 @@ var (
 // parse parses a query. About a device without an IMEI, nothing is known. If the subscription has no IMSI, only what is
 // known about the device counts.
 func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
+	values, err := url.ParseQuery(query)
+	if err != nil {
+		return nil, &problem{Status: http.StatusBadRequest, Cause: "INVALID_MSG_FORMAT",
+			Detail: "the query cannot be parsed"}
+	}
 	q, other := new(kmev1.CheckEquipmentRequest), false
-	parameters := []parameter{
+	for _, p := range []struct {
+		name      string
+		mandatory bool
+		check     func(value string) error
+	}{
 		{name: "pei", mandatory: true, check: func(pei string) error {
 			imei, err := kme.ParsePEI(pei)
 			if other = errors.Is(err, kme.ErrOtherIdentity); other {
@@ -121,13 +123,7 @@ func parse(query string) (*kmev1.CheckEquipmentRequest, *problem) {
 		}},
 		{name: "gpsi", check: matches(gpsi, "msisdn-, or extid- with @")},
 		{name: "supported-features", check: matches(features, "hexadecimal")},
-	}
-	values, err := url.ParseQuery(query)
-	if err != nil {
-		return nil, &problem{Status: http.StatusBadRequest, Cause: "INVALID_MSG_FORMAT",
-			Detail: "the query cannot be parsed"}
-	}
-	for _, p := range parameters {
+	} {
 		given := values[p.name]
 		delete(values, p.name)
 		cause, err := "OPTIONAL_QUERY_PARAM_INCORRECT", error(nil)

@@ -60,9 +60,15 @@ func Look(ctx context.Context, name string, schema sqlconn.Schema) (number int, 
 	return number, errors.Join(err, db.Close())
 }
 
+// hasCode says whether an error is PostgreSQL's, with this SQLSTATE.
+func hasCode(err error, code string) bool {
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && pg.Code == code
+}
+
 // reached adds to an error of connecting what to do about it.
 func reached(err error) error {
-	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && pg.Code == "3D000" { // invalid_catalog_name
+	if hasCode(err, "3D000") { // invalid_catalog_name
 		return usage.Errorf("its server has no such database: make it (createdb), and its tables (keysvc store "+
 			"upgrade), or correct the connection string: %w", err)
 	}
@@ -304,8 +310,7 @@ func (db *DB) upToDate(ctx context.Context, schema sqlconn.Schema) error {
 	if err == nil && len(lacks) > 0 {
 		err = db.changeTables(ctx, func(ctx context.Context, tx *sql.Tx) error { return migrate(ctx, tx, schema) })
 	}
-	var pg *pgconn.PgError
-	if errors.As(err, &pg) && pg.Code == "42501" { // insufficient_privilege
+	if hasCode(err, "42501") { // insufficient_privilege
 		err = fmt.Errorf("its tables are not what this program needs, or this role may not use them: "+
 			"run keysvc store upgrade with the role that owns them: %w", err)
 	}
@@ -351,9 +356,8 @@ func (db *DB) changeTables(ctx context.Context, f func(context.Context, *sql.Tx)
 			}
 			return f(ctx, tx)
 		})
-		var pg *pgconn.PgError
 		connected := errors.As(err, new(connectedError))
-		if !connected && (!errors.As(err, &pg) || pg.Code != "55P03") { // lock_not_available
+		if !connected && !hasCode(err, "55P03") { // lock_not_available
 			return err
 		}
 		if connected && time.Since(began) > endPatience {

@@ -116,7 +116,7 @@ func (r *Reader) send(all []*read) (rest []*read) {
 		})
 		return lost, err
 	})
-	if pg := (*pgconn.PgError)(nil); errors.As(err, &pg) && len(all) < asked {
+	if errors.As(err, new(*pgconn.PgError)) && len(all) < asked {
 		return all
 	}
 	for _, q := range all {

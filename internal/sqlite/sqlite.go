@@ -52,9 +52,9 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
 	// While another process switches to WAL, SQLite returns SQLITE_BUSY at once, whatever the busy timeout.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		var busy sqlite3.Error
-		if err = migrate(ctx, db, schema); !errors.As(err, &busy) || busy.Code != sqlite3.ErrBusy ||
-			time.Since(start) > busyTimeout {
+		err = migrate(ctx, db, schema)
+		busy, ok := errors.AsType[sqlite3.Error](err)
+		if !ok || busy.Code != sqlite3.ErrBusy || time.Since(start) > busyTimeout {
 			break
 		}
 	}
