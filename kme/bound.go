@@ -2,8 +2,6 @@ package kme
 
 import (
 	"bytes"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
 	"encoding/binary"
@@ -43,15 +41,6 @@ func (s Suite) CheckOAEP(hash string) error {
 		return fmt.Errorf("the OAEP hash %q does not go with suite %s", hash, s)
 	}
 	return nil
-}
-
-func (s Suite) encryptOAEP(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
-	m, err := s.plaintext(lot, p)
-	defer clear(m)
-	if err != nil {
-		return nil, err
-	}
-	return rsa.EncryptOAEP(sha256.New(), rand.Reader, lot, m, nil)
 }
 
 // unpadOAEP takes all k bytes of a raw decryption apart (RFC 8017 section 7.1.2 step 3, with an empty label). The

@@ -2,6 +2,7 @@ package kme
 
 import (
 	"bytes"
+	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/subtle"
@@ -39,13 +40,13 @@ func PayloadSize(lot *rsa.PublicKey) int { return (lot.N.BitLen() + 7) / 8 }
 // big-endian integer KME || KME_SIG || RME, as exactly k bytes. It is no RSA encryption scheme, which is why
 // crypto/rsa has no function for it.
 func (s Suite) Encrypt(lot *rsa.PublicKey, p *Plaintext) ([]byte, error) {
-	if s == SuiteBound {
-		return s.encryptOAEP(lot, p)
-	}
 	m, err := s.plaintext(lot, p)
 	defer clear(m)
 	if err != nil {
 		return nil, err
+	}
+	if s == SuiteBound {
+		return rsa.EncryptOAEP(sha256.New(), rand.Reader, lot, m, nil)
 	}
 	return power(m, lot.N).FillBytes(make([]byte, PayloadSize(lot))), nil
 }
