@@ -93,6 +93,7 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"exits": exits, "faultmodule": faultModule, "nss": nss, "collector": collector, "ready": ready,
+			"says": says, "listed": listed,
 			"json": isJSON, "prints": prints, "set": set, "appears": appears, "snapshot": snapshot, "same": same,
 			"small": small, "flip": flip, "truncate": truncate, "thumbprint": thumbprint, "terminal": onTerminal,
 		},
@@ -152,21 +153,64 @@ func thumbprint(ts *testscript.TestScript, _ bool, args []string) {
 	}
 }
 
-// ready SOCKET waits for a service.
-func ready(ts *testscript.TestScript, _ bool, args []string) {
+// asked gives what a service answers on its socket; status 0 if it does not.
+func asked(ts *testscript.TestScript, socket, path string) (status int, body string) {
 	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(args[0]))
+			return new(net.Dialer).DialContext(ctx, "unix", ts.MkAbs(socket))
 		}}}
-	for deadline := time.Now().Add(testproc.Patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if r, err := client.Get("http://keysvc/readyz"); err == nil {
-			r.Body.Close()
-			if r.StatusCode == http.StatusOK {
-				return
-			}
+	r, err := client.Get("http://keysvc" + path)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer r.Body.Close()
+	text, err := io.ReadAll(r.Body)
+	if err != nil {
+		return 0, err.Error()
+	}
+	return r.StatusCode, string(text)
+}
+
+// await is testproc.Await for a script.
+func await(ts *testscript.TestScript, what string, ok func() bool) {
+	for deadline := time.Now().Add(testproc.Patience); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			ts.Fatalf("%s: not within %s", what, testproc.Patience)
 		}
 	}
-	ts.Fatalf("%s does not become ready", args[0])
+}
+
+// ready SOCKET waits for a service.
+func ready(ts *testscript.TestScript, _ bool, args []string) {
+	await(ts, args[0]+" becomes ready", func() bool {
+		status, _ := asked(ts, args[0], "/readyz")
+		return status == http.StatusOK
+	})
+}
+
+// says SOCKET PATTERN waits until a service that is ready says so with the pattern; ! says, until it does without.
+func says(ts *testscript.TestScript, neg bool, args []string) {
+	pattern, body := regexp.MustCompile(args[1]), ""
+	await(ts, fmt.Sprintf("/readyz says %s (not: %v)", pattern, neg), func() bool {
+		var status int
+		status, body = asked(ts, args[0], "/readyz")
+		return status == http.StatusOK && pattern.MatchString(body) != neg
+	})
+	ts.Logf("%s", body)
+}
+
+// listed SOCKET waits until a service has read every list of revoked devices anew.
+func listed(ts *testscript.TestScript, _ bool, args []string) {
+	began, age := time.Now(), regexp.MustCompile(`(?m)^kme_revocations_age_seconds\{.*\} (.*)$`)
+	await(ts, "the lists of revoked devices are read", func() bool {
+		now := time.Now()
+		_, metrics := asked(ts, args[0], "/metrics")
+		lists := age.FindAllStringSubmatch(metrics, -1)
+		return len(lists) > 0 && !slices.ContainsFunc(lists, func(list []string) bool {
+			seconds, err := strconv.ParseFloat(list[1], 64)
+			return err != nil || now.Sub(began).Seconds() <= seconds
+		})
+	})
 }
 
 // appears FILE PATTERN waits until a file has it.

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -145,13 +146,11 @@ func TestSpin(t *testing.T) {
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
 		Action: func(c *cli.Context) error {
 			stop := Spin(c, "making a key")
-			for began := time.Now(); time.Since(began) < 2*time.Second; { // the time goes on
-				time.Sleep(drawEvery)
-			}
+			time.Sleep(2 * time.Second)
 			stop()
 			return nil
 		}}}}
-	Program{App: app}.Run(t.Context(), []string{"prog", "work"})
+	synctest.Test(t, func(t *testing.T) { Program{App: app}.Run(t.Context(), []string{"prog", "work"}) })
 	text := read()
 	if !strings.Contains(text, "making a key: 0s") || !regexp.MustCompile("making a key: [1-9]").MatchString(text) {
 		t.Errorf("%q", text)
@@ -164,7 +163,7 @@ func TestSpin(t *testing.T) {
 // Ctrl-C takes the line away at once, so that a second one, which kills, leaves none; and nothing brings it back.
 func TestInterrupted(t *testing.T) {
 	tty, read := onTerminal(t, 80)
-	ctx, interrupt := context.WithCancel(t.Context())
+	var interrupt func()
 	var p *Progress
 	app := &cli.App{Name: "prog", Writer: io.Discard, ErrWriter: tty, Commands: []*cli.Command{{Name: "work",
 		Action: func(c *cli.Context) error {
@@ -174,8 +173,12 @@ func TestInterrupted(t *testing.T) {
 			time.Sleep(4 * drawEvery)
 			return fmt.Errorf("nothing was changed: %w", c.Context.Err()) // as if killed: it is not closed
 		}}}}
-	Program{App: app}.Run(ctx, []string{"prog", "work"})
-	p.Close() // nothing draws on a terminal that is gone
+	synctest.Test(t, func(t *testing.T) {
+		var ctx context.Context
+		ctx, interrupt = context.WithCancel(t.Context())
+		Program{App: app}.Run(ctx, []string{"prog", "work"})
+		p.Close() // nothing draws on a terminal that is gone
+	})
 	want := []string{"interrupted: what has begun is finished; Ctrl-C again ends it at once",
 		"prog: nothing was changed: interrupted", ""}
 	if got := looks(read()); !slices.Equal(got, want) {
