@@ -97,6 +97,9 @@ func workFolder(to string) (folder string, remove func() error, err error) {
 		return "", nil, err
 	}
 	info, err := os.Lstat(folder)
+	if errors.Is(err, os.ErrNotExist) { // the process whose it was has ended
+		return workFolder(to)
+	}
 	if err != nil {
 		return "", nil, err
 	}
@@ -104,21 +107,29 @@ func workFolder(to string) (folder string, remove func() error, err error) {
 		return "", nil, fmt.Errorf("%s is not a folder that a backup of this user has left: remove it", folder)
 	}
 	unlock, err := durable.Lock(folder)
+	if errors.Is(err, os.ErrNotExist) {
+		return workFolder(to)
+	}
 	if err != nil {
 		os.Remove(folder) // only an empty one goes
 		return "", nil, err
 	}
-	left, err := os.ReadDir(folder)
-	for _, f := range left {
-		if f.Name() != durable.LockName {
-			err = errors.Join(err, os.RemoveAll(filepath.Join(folder, f.Name())))
+	empty := func() error {
+		left, err := os.ReadDir(folder)
+		for _, f := range left {
+			if f.Name() != durable.LockName {
+				err = errors.Join(err, os.RemoveAll(filepath.Join(folder, f.Name())))
+			}
 		}
+		return err
 	}
 	remove = func() error {
-		defer unlock()
-		return os.RemoveAll(folder)
+		err := empty()
+		unlock()
+		os.Remove(folder) // unless another process has it by now
+		return err
 	}
-	if err != nil {
+	if err := empty(); err != nil {
 		return "", nil, errors.Join(err, remove())
 	}
 	return folder, remove, nil

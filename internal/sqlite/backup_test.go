@@ -7,7 +7,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/kmehsm/kmehsm/internal/durable"
@@ -132,6 +135,42 @@ func TestBackup(t *testing.T) {
 		if !strings.HasPrefix(f.Name(), "db") && !strings.HasPrefix(f.Name(), "backup") {
 			t.Errorf("%s is left", f.Name())
 		}
+	}
+}
+
+// A folder for the work of a backup is one process's at a time, also in the moment in which the one before removes it.
+func TestWorkFolderAlone(t *testing.T) {
+	to := filepath.Join(t.TempDir(), "backup")
+	var holders, had atomic.Int32
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for had.Load() < 500 && !t.Failed() {
+				folder, remove, err := workFolder(to)
+				if err != nil {
+					if !strings.Contains(err.Error(), "another process is at work") {
+						t.Error(err)
+					}
+					runtime.Gosched()
+					continue
+				}
+				if n := holders.Add(1); n != 1 {
+					t.Errorf("%d have the folder", n)
+				}
+				if err := os.WriteFile(filepath.Join(folder, "backup"), nil, 0o600); err != nil {
+					t.Error(err)
+				}
+				holders.Add(-1)
+				had.Add(1)
+				if err := remove(); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	if left, err := os.ReadDir(filepath.Dir(to)); err != nil || len(left) > 0 {
+		t.Errorf("left: %v, %v", left, err)
 	}
 }
 
