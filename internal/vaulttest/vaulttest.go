@@ -4,6 +4,7 @@ package vaulttest
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/hashicorp/vault/api"
 
+	"github.com/kmehsm/kmehsm/internal/freeport"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -78,7 +80,8 @@ func Start(t testing.TB, flags ...string) *Server {
 func StartIn(t testing.TB, dir string, flags ...string) *Server {
 	t.Helper()
 	s := &Server{Dir: dir, flags: flags}
-	s.start(t, "127.0.0.1:0")
+	// Its port is the test's, also while the server is away.
+	s.start(t, fmt.Sprintf("127.0.0.1:%d", must.Get[int](t)(freeport.On("127.0.0.1"))))
 	return s
 }
 
