@@ -178,6 +178,19 @@ func TestDoesNotComeUp(t *testing.T) {
 	}
 }
 
+// A program that is ready, and ends, after it was asked whether it is ready, was ready.
+func TestReadyAndEnded(t *testing.T) {
+	asked := false
+	Start(t, exec.Command("true"), func(p *Process) bool {
+		if !asked {
+			asked = true
+			p.Wait()
+			return false
+		}
+		return true
+	})
+}
+
 // Every package whose tests make folders or start programs runs them below a guard.
 func TestEverywhere(t *testing.T) {
 	packages := TestFiles(t)
