@@ -112,8 +112,9 @@ func (c *connection) noToken() error {
 		names = append(names, name+"="+value)
 	}
 	slices.Sort(names)
-	return usage.Mark(noTokenError{fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
-		c.uri.module, strings.Join(names, ", "), softhsmConf())})
+	err := fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s", c.uri.module,
+		strings.Join(names, ", "), softhsmConf())
+	return usage.Mark(noTokenError{error: err})
 }
 
 type noTokenError struct{ error }
