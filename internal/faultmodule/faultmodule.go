@@ -23,16 +23,13 @@ var source embed.FS
 // A Module is a built one. The process that loads it must have Env in its environment.
 type Module struct {
 	Path, control, counts, inner string
+	headers                      string // their folder
 	functions                    []string
 }
 
 // Build builds one around the module at path, in a folder of the test's.
 func Build(dir, path string) (*Module, error) {
 	m, err := Built(dir, path)
-	if err != nil {
-		return nil, err
-	}
-	include, err := Headers()
 	if err != nil {
 		return nil, err
 	}
@@ -49,7 +46,7 @@ func Build(dir, path string) (*Module, error) {
 		return nil, err
 	}
 	args := append([]string{"-std=gnu11", "-O2", "-Wall", "-Wno-cast-function-type", "-fPIC", "-shared",
-		"-fvisibility=hidden", "-I", include, "-o", m.Path}, files...)
+		"-fvisibility=hidden", "-I", m.headers, "-o", m.Path}, files...)
 	cmd := exec.Command("gcc", append(args, "-ldl", "-pthread")...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("gcc: %w: %s", err, out)
@@ -59,16 +56,16 @@ func Build(dir, path string) (*Module, error) {
 
 // Built is what Build has built, for another process.
 func Built(dir, path string) (*Module, error) {
-	include, err := Headers()
+	headers, err := Headers()
 	if err != nil {
 		return nil, err
 	}
-	list, err := os.ReadFile(filepath.Join(include, "pkcs11f.h"))
+	list, err := os.ReadFile(filepath.Join(headers, "pkcs11f.h"))
 	if err != nil {
 		return nil, err
 	}
 	m := &Module{Path: filepath.Join(dir, "fault.so"), control: filepath.Join(dir, "control"),
-		counts: filepath.Join(dir, "counts"), inner: path}
+		counts: filepath.Join(dir, "counts"), inner: path, headers: headers}
 	for _, match := range regexp.MustCompile(`CK_PKCS11_FUNCTION_INFO\((C_\w+)\)`).FindAllSubmatch(list, -1) {
 		m.functions = append(m.functions, string(match[1]))
 	}
