@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"path"
 	"time"
@@ -112,6 +113,8 @@ func (g *guard) known(next http.Handler, open string) http.Handler {
 				refusal := &binding.Refusal{Reason: kme.Malformed,
 					Message: fmt.Sprintf("a request has at most %d bytes; this has %d", maxRequest, r.ContentLength)}
 				g.service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
+				// A client that sends all before it reads would be cut off before it gets the answer.
+				io.CopyN(io.Discard, r.Body, 8<<20)
 				return g.deny(w, r, refusal)
 			}
 			next.ServeHTTP(w, r)

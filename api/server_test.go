@@ -1,9 +1,11 @@
 package api
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -25,6 +27,7 @@ import (
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/sqlstore"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -255,6 +258,25 @@ func TestJSON(t *testing.T) {
 	if status, _ := read(t)(s.Client().Post(s.URL+service+"Nothing", "application/json",
 		strings.NewReader("{}"))); status != http.StatusNotFound {
 		t.Errorf("an unknown method: %d", status)
+	}
+}
+
+// A client that sends all of a long request before it reads gets its answer.
+func TestLongRequestIsAnswered(t *testing.T) {
+	s, _ := serve(t)
+	config := s.Client().Transport.(*http.Transport).TLSClientConfig.Clone()
+	config.NextProtos = []string{"http/1.1"}
+	c := must.Get[*tls.Conn](t)(tls.Dial("tcp", s.Listener.Addr().String(), config))
+	defer c.Close()
+	const size = 5 << 20
+	_, err := fmt.Fprintf(c, "POST %sGetBinding HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"+
+		"Content-Length: %d\r\n\r\n%s", service, size, strings.Repeat(" ", size))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if status, body := read(t)(resp, err); status != http.StatusBadRequest || !strings.Contains(body, "at most") {
+		t.Errorf("%d, %s", status, body)
 	}
 }
 
