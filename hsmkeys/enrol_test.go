@@ -310,7 +310,7 @@ func TestPlantedKeys(t *testing.T) {
 	}
 	refused := func(what string, err error) {
 		t.Helper()
-		if err == nil || !strings.Contains(err.Error(), "not made by") {
+		if err == nil || !strings.Contains(err.Error(), "the wrong user has made") {
 			t.Errorf("%s: %v", what, err)
 		}
 	}

@@ -426,7 +426,7 @@ func TestNothingSecretIsWritten(t *testing.T) {
 	written := map[string][]byte{"the programs' output": w.output.Bytes()}
 	err = filepath.WalkDir(w.dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() || strings.HasPrefix(path, w.path("softhsm")) || path == wrong ||
-			entry.Type()&fs.ModeSocket != 0 {
+			entry.Type()&(fs.ModeSocket|fs.ModeSymlink) != 0 {
 			return err
 		}
 		written[path], err = os.ReadFile(path)
