@@ -112,12 +112,9 @@ func (c *connection) noToken() error {
 		names = append(names, name+"="+value)
 	}
 	slices.Sort(names)
-	err := fmt.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s", c.uri.module,
-		strings.Join(names, ", "), softhsmConf())
-	return usage.Mark(noTokenError{error: err})
+	return unsettledError{error: usage.Errorf("the module %s has no token with %s: check the URI and, for SoftHSM, %s",
+		c.uri.module, strings.Join(names, ", "), softhsmConf())}
 }
-
-type noTokenError struct{ error }
 
 func softhsmConf() string {
 	return "SOFTHSM2_CONF (" + cmp.Or(os.Getenv("SOFTHSM2_CONF"), "not set") + ")"

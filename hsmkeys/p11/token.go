@@ -79,29 +79,31 @@ func OpenUser(_ context.Context, tokenURI string, o Options) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	return settled(func() (*Token, error) { return openUser(u, pin, o) })
-}
-
-func openUser(u *uri, pin PIN, o Options) (*Token, error) {
-	t, err := connect(u, o)
-	if err != nil {
-		return nil, err
-	}
-	if t.info.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0 {
-		t.Close()
-		return nil, errors.New("the token is one wrong PIN away from locking, so it was not tried: " +
-			"log in once with another tool and the right PIN, then run this again")
-	}
-	if t.held, err = t.logIn(pkcs11.CKU_USER, pin); err != nil {
-		t.Close()
-		return nil, Explain("log in to "+t.String(), err)
-	}
-	t.pin = u.pinSource
-	if o.RenewAfter == 0 && t.SeesLate() {
-		o.RenewAfter = softHSMRenewal
-	}
-	t.renewal.after.Store(o.RenewAfter)
-	return t, nil
+	return settled(func() (*Token, error) {
+		t, err := connect(u, o)
+		if err != nil {
+			return nil, err
+		}
+		if t.info.Flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0 {
+			t.Close()
+			return nil, errors.New("the token is one wrong PIN away from locking, so it was not tried: " +
+				"log in once with another tool and the right PIN, then run this again")
+		}
+		if t.held, err = t.logIn(pkcs11.CKU_USER, pin); err != nil {
+			t.Close()
+			err = Explain("log in to "+t.String(), err)
+			if t.SeesLate() && ck.IsCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
+				err = unsettledError{error: err} // another token might count wrong PINs
+			}
+			return nil, err
+		}
+		t.pin = u.pinSource
+		if o.RenewAfter == 0 && t.SeesLate() {
+			o.RenewAfter = softHSMRenewal
+		}
+		t.renewal.after.Store(o.RenewAfter)
+		return t, nil
+	})
 }
 
 // AsOfficer runs f while the security officer is logged in, once. No other Token of this token may be open in the
@@ -130,13 +132,16 @@ func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
 func settled(open func() (*Token, error)) (*Token, error) {
 	for pause := 10 * time.Millisecond; ; pause *= 2 {
 		t, err := open()
-		if _, gone := errors.AsType[noTokenError](err); pause > 160*time.Millisecond ||
-			!gone && !ck.IsCKR(err, pkcs11.CKR_GENERAL_ERROR, pkcs11.CKR_USER_PIN_NOT_INITIALIZED) {
+		if _, again := errors.AsType[unsettledError](err); !again || pause > 160*time.Millisecond {
 			return t, err
 		}
 		time.Sleep(pause)
 	}
 }
+
+type unsettledError struct{ error }
+
+func (e unsettledError) Unwrap() error { return e.error }
 
 // SeesLate says whether the token is SoftHSM, whose threads may see late what another process has made.
 func (t *Token) SeesLate() bool { return strings.HasPrefix(t.info.ManufacturerID, "SoftHSM") }
