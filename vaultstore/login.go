@@ -118,10 +118,6 @@ func fromEnvironment() (*api.Client, error) {
 	if config.Error != nil {
 		return nil, environment(config.Error)
 	}
-	if config.HttpClient.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify {
-		return nil, environment(errors.New("with VAULT_SKIP_VERIFY, anybody on the way could pose as Vault and have " +
-			"the login: unset it, and name Vault's CA with VAULT_CACERT"))
-	}
 	config.MaxRetries = 5
 	config.MinRetryWait, config.MaxRetryWait = 100*time.Millisecond, 2*time.Second
 	client, err := api.NewClient(config)
@@ -138,15 +134,22 @@ func fromEnvironment() (*api.Client, error) {
 		return nil, environment(fmt.Errorf("whoever is on the way to %s could read the login: have Vault serve TLS, "+
 			"and set VAULT_ADDR to https://%s; http is only for this machine", own.Redacted(), own.Host))
 	}
+	if config.HttpClient.Transport.(*http.Transport).TLSClientConfig.InsecureSkipVerify && !local(own) {
+		return nil, environment(errors.New("with VAULT_SKIP_VERIFY, anybody on the way could pose as Vault and have " +
+			"the login: unset it, and name Vault's CA with VAULT_CACERT; it is only for this machine"))
+	}
 	config.HttpClient.Transport = bounded{RoundTripper: config.HttpClient.Transport} // also for the client's clones
 	client.SetCheckRetry(retryPolicy(own.Host))
 	return client, nil
 }
 
 // private says whether nobody on the way to a server reads what is sent there.
-func private(to *url.URL) bool {
+func private(to *url.URL) bool { return to.Scheme == "https" || local(to) }
+
+// local says whether a server is on this machine, so that nobody is on the way to it.
+func local(to *url.URL) bool {
 	ip := net.ParseIP(to.Hostname())
-	return to.Scheme == "https" || to.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
+	return to.Hostname() == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // checkClosed refuses a secret's file that every user of the machine may read. It is no error if there is none.

@@ -31,14 +31,14 @@ func TestWhoGetsTheLogin(t *testing.T) {
 	}
 	closed, open := file("closed", 0o640), file("open", 0o644)
 	for name, c := range map[string]struct {
-		skip, key, file, want string
+		address, skip, key, file, want string
 	}{
-		"VAULT_SKIP_VERIFY":    {"true", "", closed, "VAULT_SKIP_VERIFY"},
-		"a secret id for all":  {"", "", open, "open to every user of the machine (mode 0644)"},
-		"a client key for all": {"", open, closed, "open to every user of the machine (mode 0644)"},
+		"VAULT_SKIP_VERIFY":    {"https://vault.invalid", "true", "", closed, "VAULT_SKIP_VERIFY"},
+		"a secret id for all":  {server.URL, "", "", open, "open to every user of the machine (mode 0644)"},
+		"a client key for all": {server.URL, "", open, closed, "open to every user of the machine (mode 0644)"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			t.Setenv("VAULT_ADDR", server.URL)
+			t.Setenv("VAULT_ADDR", c.address)
 			t.Setenv("VAULT_SKIP_VERIFY", c.skip)
 			t.Setenv("VAULT_CLIENT_KEY", c.key)
 			_, err := Connect(t.Context(), Login{RoleID: "r", SecretIDFile: c.file}, slog.New(slog.DiscardHandler))
