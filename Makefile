@@ -170,7 +170,9 @@ bench: deps-bench build vaultdev ## how near all is to the bare token, in ten mi
 benchstat: deps-demo ## the hot paths at revision BASE=HEAD~1 and now, compared by benchstat (COUNT=6)
 	BASE=$(or $(BASE),HEAD~1) COUNT=$(or $(COUNT),6) scripts/benchstat.sh
 
-# staticcheck.conf has what staticcheck looks for. go fix shows where newer Go says the same in less.
+# staticcheck.conf has what staticcheck looks for. go fix shows where newer Go says the same in less. With -trimpath,
+# they read what the programs are linked from, instead of compiling it once more.
+lint: export GOFLAGS := $(GOFLAGS) -trimpath
 lint: deps-check ## gofmt, go vet, go fix, staticcheck, shellcheck and the width of lines
 	@scripts/widths.sh
 	@scripts/step.sh 'go fix' go fix -diff work

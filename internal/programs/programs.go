@@ -43,7 +43,7 @@ var (
 		if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil { // one package at a time
 			return err
 		}
-		if out, err := exec.Command("go", "build", "-o", dir+"/", cmd).CombinedOutput(); err != nil {
+		if out, err := exec.Command("go", "build", "-trimpath", "-o", dir+"/", cmd).CombinedOutput(); err != nil {
 			return fmt.Errorf("%s%w", out, err)
 		}
 		// go test keeps a result until something changes that a test, not TestMain, has read itself. Of a folder that

@@ -68,8 +68,8 @@ func buildLater(t *testing.T) {
 	overlay := must.Get[[]byte](t)(json.Marshal(map[string]any{"Replace": map[string]string{source: added}}))
 	file := filepath.Join(dir, "overlay.json")
 	must.Do(t, os.WriteFile(file, overlay, 0o600))
-	out, err := exec.Command("go", "build", "-overlay", file, "-o", filepath.Join(programs.Dir(t), later),
-		"github.com/kmehsm/kmehsm/cmd/keysvc").CombinedOutput()
+	out, err := exec.Command("go", "build", "-trimpath", "-overlay", file, "-o",
+		filepath.Join(programs.Dir(t), later), "github.com/kmehsm/kmehsm/cmd/keysvc").CombinedOutput()
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
