@@ -166,9 +166,9 @@ func connect(u *uri, o Options) (_ *Token, err error) {
 		if _, ok := errors.AsType[usage.Error](err); ok {
 			return nil, err
 		}
-		return nil, fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token connected, "+
-			"its configuration right, for SoftHSM %s, and does it want %s in the URI?", u.module, err, softhsmConf(),
-			initReserved)
+		return nil, unsettledError{error: fmt.Errorf("the PKCS #11 module %s cannot be used: %w: is its token "+
+			"connected, its configuration right, for SoftHSM %s, and does it want %s in the URI?", u.module, err,
+			softhsmConf(), initReserved)}
 	}
 	if t.slot, t.info, err = t.findSlot(); err != nil {
 		return nil, err
