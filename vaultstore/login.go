@@ -16,6 +16,7 @@ import (
 	"github.com/hashicorp/vault/api"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
@@ -155,11 +156,13 @@ func local(to *url.URL) bool {
 // checkClosed refuses a secret's file that every user of the machine may read. It is no error if there is none.
 func checkClosed(what, path string) error {
 	info, err := os.Stat(path)
-	if err != nil || info.Mode().Perm()&0o007 == 0 {
+	if err != nil {
 		return nil
 	}
-	return fmt.Errorf("%s, %s, is open to every user of the machine (mode %04o): chmod 0600 it, and replace it if "+
-		"others had access", what, path, info.Mode().Perm())
+	if err := durable.Closed(what+", "+path+",", info); err != nil {
+		return fmt.Errorf("%w: chmod 0600 it, and replace it if others had access", err)
+	}
+	return nil
 }
 
 // environment makes an error about the environment for Vault.

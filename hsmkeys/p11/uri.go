@@ -12,6 +12,7 @@ import (
 
 	pkcs11uri "github.com/stefanberger/go-pkcs11uri"
 
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
@@ -113,9 +114,9 @@ func ReadPIN(source string) (_ PIN, err error) {
 		return "", fmt.Errorf("the PIN cannot be read: %w", err)
 	case info.IsDir():
 		return "", fmt.Errorf("the PIN file %s is a folder: name the file in it", path)
-	case info.Mode().Perm()&0o007 != 0:
-		return "", fmt.Errorf("the PIN file %s is open to every user of the machine (mode %04o): chmod 0600 it, and "+
-			"change the PIN if others had access", path, info.Mode().Perm())
+	case durable.Closed(path, info) != nil:
+		return "", fmt.Errorf("the PIN file %w: chmod 0600 it, and change the PIN if others had access",
+			durable.Closed(path, info))
 	}
 	b, err := os.ReadFile(path)
 	if err != nil {

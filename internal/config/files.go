@@ -47,9 +47,10 @@ func (r *Report) File(setting, what, path string) []byte {
 // Secret is File for a file that only its user, and at most its group, may read.
 func (r *Report) Secret(setting, what, path string) []byte {
 	data := r.File(setting, what, path)
-	if info, err := os.Stat(path); err == nil && info.Mode().Perm()&0o007 != 0 {
-		r.Add(setting, fmt.Sprintf("%s %s is open to every user of the machine (mode %04o)", what, path,
-			info.Mode().Perm()), "chmod 0600 it, and replace it if others had access")
+	if info, err := os.Stat(path); err == nil {
+		if err := durable.Closed(what+" "+path, info); err != nil {
+			r.Add(setting, err.Error(), "chmod 0600 it, and replace it if others had access")
+		}
 	}
 	return data
 }

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/durable"
 )
 
 // maxShare is more than a share of MaxShares has.
@@ -47,11 +48,12 @@ func readShare(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	if info, err := f.Stat(); err != nil {
+	info, err := f.Stat()
+	if err != nil {
 		return nil, err
-	} else if info.Mode().IsRegular() && info.Mode().Perm()&0o007 != 0 {
-		return nil, fmt.Errorf("%s is open to every user of the machine (mode %04o): chmod 0600 it", path,
-			info.Mode().Perm())
+	}
+	if err := durable.Closed(path, info); err != nil && info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%w: chmod 0600 it", err)
 	}
 	return io.ReadAll(io.LimitReader(f, maxShare))
 }

@@ -2,6 +2,7 @@ package durable
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"os/user"
@@ -34,6 +35,14 @@ func CheckNotOf(program, dir, file string) error {
 	}
 	return usage.In("state", usage.Errorf("the folder %s is %s's: name another; KMEHSM_STATE is for one program", dir,
 		program))
+}
+
+// Closed fails if every user of the machine may read a secret's file. The error does not say what to do.
+func Closed(name string, info fs.FileInfo) error {
+	if mode := info.Mode().Perm(); mode&0o007 != 0 {
+		return fmt.Errorf("%s is open to every user of the machine (mode %04o)", name, mode)
+	}
+	return nil
 }
 
 // CheckOwner fails if root would work in another user's folder: the service could not use what root makes there. A
