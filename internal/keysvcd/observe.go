@@ -210,6 +210,16 @@ func observe(
 		defer cancel()
 		return oneIf(store.Ping(ctx) == nil)
 	})
+	gauge("kme_store_warnings", "What is wrong with the store that calls can live with, as on /readyz; NaN while that "+
+		"cannot be asked.", func() float64 {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		warnings, err := store.Warnings(ctx)
+		if err != nil {
+			return math.NaN()
+		}
+		return float64(len(warnings))
+	})
 	gauge("kme_ledger_entries", "Entries of the ledger, as far as this instance has seen it. It never falls, but when "+
 		"an earlier database is accepted.", func() float64 { return float64(store.Seen().Entries()) })
 	number, commit, goVersion := version.Parts()
