@@ -154,7 +154,17 @@ func (n *network) intN(of int) int {
 	return n.random.IntN(of)
 }
 
-func (n *network) service() *binding.Service { return n.services[n.intN(len(n.services))] }
+// call calls one of the instances. It calls again if the store was not available: PostgreSQL ends the change of a
+// process that stands still for a second, as on a busy machine.
+func call[T any](n *network, do func(*binding.Service) (T, error)) (got T, err error) {
+	for range 10 {
+		got, err = do(n.services[n.intN(len(n.services))])
+		if r := new(binding.Refusal); !errors.As(err, &r) || r.Reason != kme.StoreUnavailable {
+			break
+		}
+	}
+	return got, err
+}
 
 // fault says whether something fails or is lost now.
 func (n *network) fault() bool { return !n.faultless.Load() && n.intN(10) == 0 }
@@ -227,7 +237,9 @@ func (n *network) air(p *peer, s *sim) {
 		rands[0] = s.clear[n.intN(len(s.clear))]
 	}
 	n.mu.Unlock()
-	got, err := n.service().PrepareVector(n.Context(), s.imsi, rands, p.Origin)
+	got, err := call(n, func(service *binding.Service) (*binding.Prepared, error) {
+		return service.PrepareVector(n.Context(), s.imsi, rands, p.Origin)
+	})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	at := p.at[s]
@@ -331,8 +343,10 @@ func (n *network) establish(p *peer, s *sim) {
 		k = n.newKey(d, s)
 	}
 	at.key = k
-	e, err := n.service().EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei,
-		AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
+	e, err := call(n, func(service *binding.Service) (*binding.Established, error) {
+		return service.EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei,
+			AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
+	})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if err != nil {
@@ -364,7 +378,9 @@ func (n *network) report(p *peer, s *sim, ok bool) {
 		}
 	}
 	n.mu.Unlock()
-	got, err := n.service().ReportAuthentication(n.Context(), s.imsi, ok, p.Origin)
+	got, err := call(n, func(service *binding.Service) (*binding.Reported, error) {
+		return service.ReportAuthentication(n.Context(), s.imsi, ok, p.Origin)
+	})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.note(p, s, "reported", "%v: %+v, %v", ok, got, err)
@@ -391,7 +407,9 @@ func (n *network) resync(p *peer, s *sim) {
 		return
 	}
 	before := n.subscription(s)
-	got, err := n.service().RestoreRAND(n.Context(), s.imsi, v.sent, p.Origin)
+	got, err := call(n, func(service *binding.Service) (hsmkeys.RAND, error) {
+		return service.RestoreRAND(n.Context(), s.imsi, v.sent, p.Origin)
+	})
 	after := n.subscription(s)
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -54,7 +54,7 @@ func SetMark(s *p11.Session, mark []byte, others [][]byte) error {
 // old one nor the new one, or says CKR_OBJECT_HANDLE_INVALID, CKR_GENERAL_ERROR, CKR_FUNCTION_FAILED or
 // CKR_ATTRIBUTE_VALUE_INVALID.
 func patiently(try func() (done bool, err error)) (err error) {
-	for range 5 {
+	for range 15 {
 		var done bool
 		if done, err = try(); done && err == nil {
 			break

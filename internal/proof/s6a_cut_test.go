@@ -390,10 +390,9 @@ func (s *site) allTokensAway() {
 		if refused[10] > 5*without[10] {
 			s.t.Errorf("%s without a token does not refuse at once", instanceName(i))
 		}
-		if log := s.instances[i].Log.String(); !strings.Contains(log,
-			`"not ready","cause":"the token is not available`) {
-			s.t.Errorf("the log of %s does not say why it is not ready", instanceName(i))
-		}
+		testproc.Await(s.t, "the log of "+instanceName(i)+" says why it is not ready", func() bool {
+			return strings.Contains(s.instances[i].Log.String(), `"not ready","cause":"the token is not available`)
+		})
 	}
 	if a := s.mme.air(p.imsi, 1, options{}); a.lost != "" || a.result != 4181 {
 		s.t.Errorf("by kme.fdx, without a token: %d %s", a.result, a.lost)
