@@ -345,9 +345,8 @@ func TestPostgresStandbySilent(t *testing.T) {
 	c := &crowd{world: newWorld(t, pgtest.Either(t, primary.Database(t), primary, standby)),
 		socket: filepath.Join(t.TempDir(), "s")}
 	defer primary.Thaw(t) // or it does not end
-	// A transaction is under way; and then a call needs a connection to read and another one to write, each of which
-	// the primary is asked for first, until connect_timeout.
-	c.failOver(t, standby, primary.Freeze, 5*time.Second+2*2*time.Second)
+	// A transaction is under way; and then the primary is asked for a connection once, until connect_timeout.
+	c.failOver(t, standby, primary.Freeze, 5*time.Second+2*time.Second)
 }
 
 // failOver loses the primary under load, and has its standby promoted, as Patroni would. The service goes on with that,

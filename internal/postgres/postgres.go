@@ -4,6 +4,7 @@ package postgres
 import (
 	"context"
 	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"net"
@@ -12,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -79,36 +81,62 @@ func reached(err error) error {
 		"string has the right host, database, role and password (PGPASSFILE): %w", err)
 }
 
-// parse parses a connection string, with what the environment adds (PGHOST, PGSSLMODE, PGSERVICE, ...), and says how
-// many hosts it names. Its errors are wrong usage.
+// parse parses a connection string, with what the environment adds (PGHOST, PGSSLMODE, PGSERVICE, ...), for each server
+// that it names. Its errors are wrong usage.
 //
 // Each host must be on this machine, or prove its name by TLS: another server in its place would be sent every sealed
 // KME, and asked for them.
-func parse(name string) (config *pgx.ConnConfig, hosts int, err error) {
-	config, err = pgx.ParseConfig(name)
+func parse(name string) (servers []*pgx.ConnConfig, err error) {
+	config, err := pgx.ParseConfig(name)
 	if err != nil {
 		// err may have the password.
-		return nil, 0, usage.Errorf("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
+		return nil, usage.Errorf("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
 			"cannot be read: it is postgres://USER@HOST/DATABASE?sslmode=verify-full&sslrootcert=FILE, with the CA's " +
 			"certificate in FILE")
 	}
 	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port,
 		TLSConfig: config.TLSConfig}}, config.Fallbacks...)
-	all := map[string]bool{}
 	for _, way := range ways {
-		all[fmt.Sprint(way.Host, way.Port)] = true
-		tls := way.TLSConfig
+		server, tls := config.Copy(), way.TLSConfig
+		server.Host, server.Port, server.TLSConfig, server.Fallbacks = way.Host, way.Port, tls, nil
+		servers = append(servers, server)
 		if filepath.IsAbs(way.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == way.Host &&
 			way.Host != "" {
 			continue
 		}
-		return nil, 0, usage.Errorf("the connection string of PostgreSQL allows a server that does not prove its " +
+		return nil, usage.Errorf("the connection string of PostgreSQL allows a server that does not prove its " +
 			"name: write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate " +
 			"in FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of " +
 			"its Unix socket")
 	}
-	return config, len(all), nil
+	return servers, nil
 }
+
+// A connector connects to one of several servers. It asks the one first that took the last connection: each new
+// connection would wait for a host that has lost its power.
+type connector struct {
+	servers []driver.Connector
+	last    atomic.Int64
+}
+
+// Connect makes a driver.Connector of it.
+func (c *connector) Connect(ctx context.Context) (driver.Conn, error) {
+	var errs []error
+	first := int(c.last.Load())
+	for i := range c.servers {
+		at := (first + i) % len(c.servers)
+		conn, err := c.servers[at].Connect(ctx)
+		if err == nil {
+			c.last.Store(int64(at))
+			return conn, nil
+		}
+		errs = append(errs, err)
+	}
+	return nil, errors.Join(errs...)
+}
+
+// Driver is described at Connect.
+func (c *connector) Driver() driver.Driver { return c.servers[0].Driver() }
 
 // silence is how long the host of a server may be silent, also to whoever has no deadline.
 const silence = 2 * patience
@@ -135,30 +163,37 @@ var dialer = net.Dialer{
 
 // connect gives the connections of a connection string.
 func connect(name string, schema sqlconn.Schema) (*DB, error) {
-	config, hosts, err := parse(name)
+	servers, err := parse(name)
 	if err != nil {
 		return nil, err
 	}
-	config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
-	// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not used.
-	config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
-	config.OnNotice = func(conn *pgconn.PgConn, n *pgconn.Notice) {
-		if n.Code == warning {
-			conn.CustomData()[warning] = n
+	c := new(connector)
+	for _, config := range servers {
+		config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
+		// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not
+		// used.
+		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+		config.OnNotice = func(conn *pgconn.PgConn, n *pgconn.Notice) {
+			if n.Code == warning {
+				conn.CustomData()[warning] = n
+			}
 		}
-	}
-	// A server that has lost its power does not even refuse a connection: the next one is tried while there is time.
-	if hosts > 1 && config.ConnectTimeout == 0 {
-		config.ConnectTimeout = patience / time.Duration(1+hosts)
-	}
-	config.DialFunc = dialer.DialContext
-	return &DB{DB: stdlib.OpenDB(*config, stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
-		err := ready(ctx, conn, schema)
-		if err != nil {
-			conn.Close(ctx) // nobody else does
+		// A server that has lost its power does not even refuse a connection: the next one is tried while there is
+		// time.
+		if len(servers) > 1 && config.ConnectTimeout == 0 {
+			config.ConnectTimeout = patience / time.Duration(1+len(servers))
 		}
-		return err
-	})), hosts: hosts}, nil
+		config.DialFunc = dialer.DialContext
+		c.servers = append(c.servers, stdlib.GetConnector(*config, stdlib.OptionAfterConnect(
+			func(ctx context.Context, conn *pgx.Conn) error {
+				err := ready(ctx, conn, schema)
+				if err != nil {
+					conn.Close(ctx) // nobody else does
+				}
+				return err
+			})))
+	}
+	return &DB{DB: sql.OpenDB(c), hosts: len(servers)}, nil
 }
 
 // ready prepares a new connection, which may be to another server after a failover. It refuses a server that confirms

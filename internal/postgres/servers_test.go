@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgconn"
@@ -32,11 +33,20 @@ func with(t *testing.T, name string, change func(url.Values)) string {
 	return u.String()
 }
 
-// The first server of a connection string has lost its power: it takes no connection, and refuses none.
+// The first server of a connection string has lost its power: it answers nothing, and refuses nothing. It is asked once.
 func TestPostgresSilentServer(t *testing.T) {
 	dir := t.TempDir()
 	silent := must.Get[net.Listener](t)(net.Listen("unix", filepath.Join(dir, ".s.PGSQL.5432")))
 	defer silent.Close()
+	var asked atomic.Int64
+	go func() {
+		for {
+			if _, err := silent.Accept(); err != nil {
+				return
+			}
+			asked.Add(1)
+		}
+	}()
 	name := with(t, pgtest.Start(t).Database(t), func(q url.Values) {
 		q.Set("host", dir+","+q.Get("host"))
 		q.Set("port", "5432,"+q.Get("port"))
@@ -47,6 +57,12 @@ func TestPostgresSilentServer(t *testing.T) {
 	db, err := Open(ctx, name, sqlconn.First(table))
 	if err != nil {
 		t.Fatal(err)
+	}
+	for range 3 {
+		defer must.Get[*sql.Conn](t)(db.Conn(ctx)).Close()
+	}
+	if n := asked.Load(); n != 1 {
+		t.Errorf("the server that is silent was asked %d times, for 3 connections", n)
 	}
 	must.Do(t, db.Close())
 }
