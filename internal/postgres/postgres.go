@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -22,6 +23,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 	"golang.org/x/sys/unix"
 
+	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
@@ -93,6 +95,13 @@ func parse(name string) (servers []*pgx.ConnConfig, err error) {
 		return nil, usage.Errorf("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
 			"cannot be read: it is postgres://USER@HOST/DATABASE?sslmode=verify-full&sslrootcert=FILE, with the CA's " +
 			"certificate in FILE")
+	}
+	if path := os.Getenv("PGPASSFILE"); path != "" {
+		if info, err := os.Stat(path); err == nil {
+			if err := durable.Closed("the file of passwords "+path, info); err != nil {
+				return nil, usage.Errorf("%w; chmod 0600 it, and change the passwords if others had access", err)
+			}
+		}
 	}
 	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port,
 		TLSConfig: config.TLSConfig}}, config.Fallbacks...)

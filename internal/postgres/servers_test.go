@@ -6,11 +6,13 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/kmehsm/kmehsm/internal/must"
@@ -65,6 +67,19 @@ func TestPostgresSilentServer(t *testing.T) {
 		t.Errorf("the server that is silent was asked %d times, for 3 connections", n)
 	}
 	must.Do(t, db.Close())
+}
+
+// A file of passwords that every user may read is refused.
+func TestPostgresOpenPasswords(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "pgpass")
+	must.Do(t, os.WriteFile(path, nil, 0o600))
+	t.Setenv("PGPASSFILE", path)
+	const name = "postgres://keysvc@/keysvc?host=/run"
+	must.Get[[]*pgx.ConnConfig](t)(parse(name))
+	must.Do(t, os.Chmod(path, 0o644))
+	if _, err := parse(name); err == nil || !strings.Contains(err.Error(), "chmod 0600") {
+		t.Errorf("passwords that all may read: %v", err)
+	}
 }
 
 // A server that takes no changes has old rows: it is not used, also if the connection string does not ask for another.

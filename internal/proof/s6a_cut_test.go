@@ -226,7 +226,7 @@ func (s *site) during(f fault, begin func() (mend func())) {
 	if s.quiet == 0 { // the first one is none
 		s.quiet = at(99)
 	}
-	most := s.timeout*3/4 + 3*s.quiet // less than for one who waits for the whole call
+	most := s.timeout*3/4 + 5*s.quiet // less than for one who waits for the whole call
 	if f.inTx {
 		most += time.Second
 	}
