@@ -134,8 +134,8 @@ func TestServe(t *testing.T) {
 		_, metrics = get("/metrics")
 		return strings.Contains(metrics, "\nkme_bindings_counted_timestamp_seconds ")
 	})
-	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1", "\nkme_store_warnings 0",
-		"\nkme_directory_cache_hits_total 0", "\nkme_build_info{commit=", "\nkme_ledger_entries 0",
+	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1",
+		"\nkme_store_warnings 0", "\nkme_directory_cache_hits_total 0", "\nkme_build_info{commit=", "\nkme_ledger_entries 0",
 		"\nkme_attaches_total 0", "\nkme_established_total 0", `kme_bindings{state="ACTIVE"} 0`,
 		`kme_bindings{state="PENDING"} 0`, `kme_bindings{state="REVOKED"} 0`,
 		`kme_refusals_total{reason="ROLLED_BACK"} 0`,

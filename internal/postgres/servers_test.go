@@ -35,7 +35,8 @@ func with(t *testing.T, name string, change func(url.Values)) string {
 	return u.String()
 }
 
-// The first server of a connection string has lost its power: it answers nothing, and refuses nothing. It is asked once.
+// The first server of a connection string has lost its power: it answers nothing, and refuses nothing. It is asked
+// once.
 func TestPostgresSilentServer(t *testing.T) {
 	dir := t.TempDir()
 	silent := must.Get[net.Listener](t)(net.Listen("unix", filepath.Join(dir, ".s.PGSQL.5432")))
