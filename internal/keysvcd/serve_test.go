@@ -135,9 +135,9 @@ func TestServe(t *testing.T) {
 		return strings.Contains(metrics, "\nkme_bindings_counted_timestamp_seconds ")
 	})
 	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1",
-		"\nkme_store_warnings 0", "\nkme_directory_cache_hits_total 0", "\nkme_build_info{commit=", "\nkme_ledger_entries 0",
-		"\nkme_attaches_total 0", "\nkme_established_total 0", `kme_bindings{state="ACTIVE"} 0`,
-		`kme_bindings{state="PENDING"} 0`, `kme_bindings{state="REVOKED"} 0`,
+		"\nkme_store_warnings 0", "\nkme_directory_cache_hits_total 0", "\nkme_build_info{commit=",
+		"\nkme_ledger_entries 0", "\nkme_attaches_total 0", "\nkme_established_total 0",
+		`kme_bindings{state="ACTIVE"} 0`, `kme_bindings{state="PENDING"} 0`, `kme_bindings{state="REVOKED"} 0`,
 		`kme_refusals_total{reason="ROLLED_BACK"} 0`,
 		`kme_call_seconds_count{method="EstablishKME",reason="OK"} 0`,
 		"\nprocess_open_fds ", `kme_hsm_operation_seconds_count{operation="derive a key",result="ok"}`} {
