@@ -46,28 +46,24 @@ const (
 // SplitOf says which split the security officer's PIN is in, nil if none; and which one it may be in since a
 // change was interrupted, nil if none was.
 func SplitOf(ctx context.Context, t *p11.Token) (inForce, begun *Split, err error) {
-	err = t.With(ctx, "ask for the security officer's split", func(s *p11.Session) error {
-		all, err := splits(s)
-		if err != nil {
-			return err
+	all, err := p11.Do(ctx, t, "ask for the security officer's split", splits)
+	if err != nil {
+		return nil, nil, err
+	}
+	if len(all[splitBegun]) > 1 || len(all[splitInForce]) > 1+len(all[splitBegun]) {
+		return nil, nil, fmt.Errorf("%s has more objects %q or %q than can be: remove those that are not yours with "+
+			"the token's own tool", t, splitBegun, splitInForce)
+	}
+	for _, o := range all[splitBegun] {
+		begun = &o.Split
+	}
+	for _, o := range all[splitInForce] {
+		if begun != nil && o.Split == *begun { // the change was made; what is left of it is removed by the next
+			return &o.Split, nil, nil
 		}
-		if len(all[splitBegun]) > 1 || len(all[splitInForce]) > 1+len(all[splitBegun]) {
-			return fmt.Errorf("%s has more objects %q or %q than can be: remove those that are not yours with the "+
-				"token's own tool", t, splitBegun, splitInForce)
-		}
-		for _, o := range all[splitBegun] {
-			begun = &o.Split
-		}
-		for _, o := range all[splitInForce] {
-			if begun != nil && o.Split == *begun { // the change was made; what is left of it is removed by the next
-				inForce, begun = &o.Split, nil
-				return nil
-			}
-			inForce = &o.Split
-		}
-		return nil
-	})
-	return inForce, begun, err
+		inForce = &o.Split
+	}
+	return inForce, begun, nil
 }
 
 type splitObject struct {

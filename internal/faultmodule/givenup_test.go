@@ -9,7 +9,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/miekg/pkcs11"
+
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
@@ -74,6 +78,14 @@ func TestGivenUp(t *testing.T) {
 	sealed := must[*hsmkeys.Opened](t)(operator.OpenPayload(ctx, payload)).Sealed
 	none, lot2 := hsmkeys.Key{Role: hsmkeys.RoleLot, Name: "never made"}, lot
 	lot2.Name = "L2"
+	user := must[*p11.Token](t)(p11.OpenUser(ctx, faulty.URI(tok.URI), p11.Options{}))
+	if err := user.With(ctx, "test", func(s *p11.Session) error { // what a change of the security officer's PIN leaves
+		return s.PutNote("kme so split", []byte(`{"split":"one","threshold":2,"count":3}`),
+			ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false)})
+	}); err != nil {
+		t.Fatal(err)
+	}
+	user.Close()
 
 	type tokens struct {
 		o *hsmkeys.OperatorToken
@@ -114,6 +126,10 @@ func TestGivenUp(t *testing.T) {
 		{"LotKeySealed", "C_GetAttributeValue", func(t tokens) error { return second(t.f.LotKeySealed(ctx, lot)) }},
 		{"WrapLotKey", "C_WrapKey", func(t tokens) error { return second(t.f.WrapLotKey(ctx, lot, kek)) }},
 		{"WrapEnrolled", "C_WrapKey", func(t tokens) error { return second(t.f.WrapEnrolled(ctx, kek)) }},
+		{"OfficerSplit", "C_GetAttributeValue", func(t tokens) error {
+			_, _, err := t.f.OfficerSplit(ctx)
+			return err
+		}},
 		{"Fixtures", "C_FindObjects", func(t tokens) error { return second(t.f.Fixtures(ctx, "m")) }},
 		{"Sign", "C_Sign", func(t tokens) error {
 			signer, err := t.f.Signer(signing)
