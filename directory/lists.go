@@ -139,8 +139,8 @@ func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) erro
 	}
 	known, _ := r.known(m.Lot)
 	var kept revocationList
-	if err != nil && known.list == nil {
-		kept = r.recall(ctx, m)
+	if err != nil && known.list == nil && r.o.Memory != nil {
+		kept, err = r.recall(ctx, m, err)
 	}
 	r.mu.Lock()
 	known = r.revocations[m.Lot]
@@ -168,23 +168,22 @@ func (r *Reader) known(lot string) (list revocationList, followed bool) {
 }
 
 // recall gives the last good list of before a restart, if the Memory has a copy. Its age counts from its ThisUpdate.
-func (r *Reader) recall(ctx context.Context, m *Manifest) (kept revocationList) {
-	if r.o.Memory == nil {
-		return kept
-	}
+// err is failed, or a panic.
+func (r *Reader) recall(ctx context.Context, m *Manifest, failed error) (kept revocationList, err error) {
+	defer panics.Recover(&err) // on Follow's goroutine, it would end the process
 	mark, found, err := r.o.Memory.Last(ctx, m.Lot)
 	if err != nil || !found {
-		return kept
+		return kept, failed
 	}
 	jws, err := r.o.Memory.Kept(m.Lot)
 	sum := sha256.Sum256(jws)
 	if err != nil || !bytes.Equal(sum[:], mark.SHA256) {
-		return kept
+		return kept, failed
 	}
 	if list, err := parseRevocations(r.verifier, m, jws); err == nil {
 		kept = revocationList{list: list, sum: sum, noted: true, fetched: list.ThisUpdate}
 	}
-	return kept
+	return kept, failed
 }
 
 // inMemory gives the list if it may be used without reading it again; else nil. The list of a lot that is not followed

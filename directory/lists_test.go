@@ -1,11 +1,14 @@
 package directory
 
 import (
+	"context"
 	"errors"
 	"testing"
 	"time"
 
 	"github.com/kmehsm/kmehsm/internal/must"
+	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -109,4 +112,22 @@ func TestRevocationsSameVersion(t *testing.T) {
 	if len(r.Overdue()) != 1 {
 		t.Error("it was believed")
 	}
+}
+
+// A panicking Memory is a Memory of a store that panics.
+type panicking struct{ Memory }
+
+func (panicking) Last(context.Context, string) (ListMark, bool, error) { panic("a memory's") }
+
+// Where nothing can be read, and the Memory panics, that is why there is no list: also on Follow's goroutines, where a
+// panic would end the process.
+func TestMemoryPanics(t *testing.T) {
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	store.down.Store(true)
+	r := following(t, store, s, ReaderOptions{Memory: panicking{}}, m)
+	testproc.Await(t, "the list is overdue by a panic", func() bool {
+		all := r.Overdue()
+		return len(all) == 1 && all[0].Why == Failed && panics.Of(all[0].Cause) != nil
+	})
 }
