@@ -37,7 +37,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(childArgs) != "" { // its tokens are those of the process that began it
 		os.Exit(m.Run())
 	}
-	softhsmtest.Main(m, 90)
+	softhsmtest.Main(m, 91)
 }
 
 const (

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -13,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/binding/registry"
 	"github.com/kmehsm/kmehsm/binding/revocations"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
@@ -180,5 +182,26 @@ func TestCheckDirectories(t *testing.T) {
 		if wait > testproc.Patience {
 			t.Fatalf("%v", failed)
 		}
+	}
+}
+
+// panicking is a store that panics.
+type panicking struct{ directory.Store }
+
+func (panicking) Read(context.Context, string) ([]byte, string, error) { panic("in the store") }
+
+// A directory that panics while it is checked, on a goroutine of its own, is not available, and a fault of the service.
+func TestCheckDirectoryPanics(t *testing.T) {
+	r, m, _ := newServed(t)
+	r.readers[m.KeyID()] = directory.NewReader(panicking{}, directory.NewVerifier(m.Public()),
+		directory.ReaderOptions{})
+	r.serve(t)
+	t.Cleanup(func() { r.service.WithLots(new(registry.Lots)) })
+	failed := r.service.CheckDirectories(t.Context())
+	if p := panics.Of(failed[m.KeyID()]); p == nil || p.Value != "in the store" {
+		t.Errorf("%v", failed)
+	}
+	if !strings.Contains(r.log.String(), `"msg":"internal error"`) {
+		t.Errorf("the log does not say it: %s", r.log)
 	}
 }

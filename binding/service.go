@@ -130,7 +130,13 @@ func (s *Service) enter(ctx context.Context) (leave func(), err error) {
 // CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served
 // all the same.
 func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
-	return s.lots.CheckDirectories(ctx)
+	failed := s.lots.CheckDirectories(ctx)
+	for _, err := range failed {
+		if panics.Of(err) != nil {
+			s.Broken(ctx, err)
+		}
+	}
+	return failed
 }
 
 // Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -167,7 +168,12 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 		checked[r.lot.Reader] = true
 		all.Go(func() {
 			m := r.lot.Manifest
-			if _, err := r.lot.Reader.Manifest(ctx, m.Lot); err != nil {
+			err := func() (err error) {
+				defer panics.Recover(&err) // whatever the directory does
+				_, err = r.lot.Reader.Manifest(ctx, m.Lot)
+				return err
+			}()
+			if err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				failed[m.Manufacturer] = err
