@@ -76,10 +76,11 @@ var aboutDevice = []kme.Reason{kme.UnknownDevice, kme.RevokedDevice, kme.OtherDe
 // outside calls wait, which waits neither for the HSM nor for the store. Meanwhile another call has this one's place.
 func (s *Service) outside(ctx context.Context, p *establishment, wait func()) error {
 	p.leave()
+	p.leave = func() {} // also if wait panics
 	wait()
 	leave, err := s.enter(ctx)
-	if p.leave = leave; err != nil {
-		p.leave = func() {}
+	if err == nil {
+		p.leave = leave
 	}
 	return err
 }
