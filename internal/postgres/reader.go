@@ -96,6 +96,7 @@ func (r *Reader) send(all []*read) (rest []*read) {
 	defer cancel()
 	asked := len(all)
 	err := r.db.again(ctx, func() (lost bool, err error) {
+		defer panics.Recover(&err) // of the driver: on this goroutine, it would end the process
 		err = r.db.raw(ctx, func(conn *pgx.Conn) error {
 			var queue pgx.Batch
 			for _, q := range all {

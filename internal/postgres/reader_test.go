@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"database/sql/driver"
 	"errors"
 	"strings"
 	"sync"
@@ -11,6 +12,11 @@ import (
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 )
+
+// panicking is an argument of which the driver panics.
+type panicking struct{}
+
+func (panicking) Value() (driver.Value, error) { panic("in an argument") }
 
 // Each of many statements at once gets its own rows, or its own error.
 func TestPostgresReader(t *testing.T) {
@@ -54,6 +60,17 @@ func TestPostgresReader(t *testing.T) {
 		})
 	}
 	all.Wait()
+	for range 20 { // more than there are goroutines
+		err := r.Each(t.Context(), nil, "SELECT $1::bigint", panicking{})
+		if p := panics.Of(err); p == nil || p.Value != "in an argument" {
+			t.Errorf("a panic in the driver: %v", err)
+		}
+	}
+	var n int64
+	if err := r.Each(t.Context(), func(scan func(...any) error) error { return scan(&n) }, "SELECT $1::bigint",
+		int64(7)); err != nil || n != 7 {
+		t.Errorf("after panics: %d, %v", n, err)
+	}
 	gone, cancel := context.WithCancel(t.Context())
 	cancel()
 	r.Close()
