@@ -175,3 +175,29 @@ func TestAcceptedUnseen(t *testing.T) {
 		t.Errorf("it was told %d times", n)
 	}
 }
+
+// noLedger is a ledger without entries, and brokenToken a token that panics.
+type noLedger struct{ binding.Ledger }
+
+func (noLedger) VerifyLedger(context.Context) (int, error) { return 0, nil }
+
+type brokenToken struct{ markToken }
+
+func (*brokenToken) Marks(context.Context) ([][]byte, error) { panic("in the token") }
+
+// Whoever has begun Keep hears of its panic at once, and not only when the context ends.
+func TestKeepPanics(t *testing.T) {
+	ended := make(chan any, 1)
+	go func() {
+		defer func() { ended <- recover() }()
+		mark.Keep(t.Context(), noLedger{}, new(brokenToken), func() {}, slog.New(slog.DiscardHandler))
+	}()
+	select {
+	case p := <-ended:
+		if p != "in the token" {
+			t.Errorf("it ended with %v", p)
+		}
+	case <-time.After(testproc.Patience):
+		t.Fatal("a panic is held up")
+	}
+}

@@ -205,7 +205,9 @@ func Keep(ctx context.Context, store binding.Ledger, token Token, accepted func(
 	read := make(chan struct{}, 1)
 	var reading sync.WaitGroup
 	defer reading.Wait()
-	reading.Go(func() { keepReading(ctx, store, read, log) })
+	reads, stop := context.WithCancel(ctx)
+	defer stop() // a panic does not wait for the next reading
+	reading.Go(func() { keepReading(reads, store, read, log) })
 	// behind stays true until the ledger was compared with the token's mark again: this process may have seen no later
 	// entry itself.
 	behind := Check(ctx, store, token) != nil

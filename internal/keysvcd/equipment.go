@@ -90,9 +90,9 @@ func (h equipmentHistory) run(ctx context.Context, d *daemon) (stop func()) {
 		return func() {}
 	}
 	ctx = context.WithoutCancel(ctx)
-	stopHistory, stopWebhook := d.beside(ctx, d.again(h.Run)), func() {}
+	stopHistory, stopWebhook := d.beside(ctx, h.Run), func() {}
 	if h.webhook != nil {
-		stopWebhook = d.beside(ctx, d.again(h.webhook.Run))
+		stopWebhook = d.beside(ctx, h.webhook.Run)
 	}
 	return func() { stopHistory(); stopWebhook() } // the last moves are sent
 }
@@ -104,5 +104,5 @@ const listsEvery = 5 * time.Second
 // CheckEquipment is refused, and everything else is served.
 func (d *daemon) followListings(ctx context.Context) (stop func()) {
 	d.service.LoadListings(ctx) // a failure is logged there
-	return d.beside(ctx, d.again(func(ctx context.Context) { d.service.FollowListings(ctx, listsEvery) }))
+	return d.beside(ctx, func(ctx context.Context) { d.service.FollowListings(ctx, listsEvery) })
 }

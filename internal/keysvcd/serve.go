@@ -341,24 +341,22 @@ func (d *daemon) keepAuditLog(ctx context.Context, dir string) (stop func()) {
 	})
 }
 
-// beside does background work until ctx ends or stop is called. stop waits until it has ended.
+// beside does background work, which ends only with its context, until ctx ends or stop is called. A panic ends it,
+// too: then it begins again. stop waits until it has ended.
 func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop func()) {
 	working, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		d.safely(ctx, func() error { work(working); return nil })
+		for d.safely(ctx, func() error { work(working); return nil }) != nil {
+			select {
+			case <-working.Done():
+				return
+			case <-time.After(time.Second):
+			}
+		}
 	}()
 	return func() { cancel(); <-ended }
-}
-
-// again does work that ends only with its context: a panic ends it too, and then it begins again.
-func (d *daemon) again(work func(context.Context)) func(context.Context) {
-	return func(ctx context.Context) {
-		for ctx.Err() == nil {
-			d.safely(ctx, func() error { work(ctx); return nil })
-		}
-	}
 }
 
 // rememberLotKeys finds the lots' keys in the tokens, in the background. stop ends it early.
