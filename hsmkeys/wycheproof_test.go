@@ -54,7 +54,7 @@ const (
 // Project Wycheproof's vectors on a token, through the calls that payloads, wraps and tags use.
 //
 // A valid case must be accepted, with the very value that it names, and an invalid one be refused. The counts are
-// exact, since go.mod names one version of the vectors: a case that is left out fails the test.
+// exact: a case that is left out fails the test.
 func TestWycheproof(t *testing.T) {
 	v := newVectorToken(t)
 	const acc, ref = "valid, accepted", "invalid, refused"

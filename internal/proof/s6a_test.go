@@ -334,6 +334,8 @@ func TestS6aConfiguration(t *testing.T) {
 		"origin_rate is":         "service = unix:/x\norigin_rate = many",
 		"s13 is":                 "service = unix:/x\ns13 = yes",
 		"swx is":                 "service = unix:/x\nswx = yes",
+		"cx is":                  "service = unix:/x\ncx = yes",
+		"zh is":                  "service = unix:/x\nzh = yes",
 		"provision_from is":      "service = unix:/x\nprovision_from = abroad",
 		"legacy_mme is":          "service = unix:/x\nlegacy_mme = *",
 		"agent is":               "service = unix:/x\nagent = *.",

@@ -39,6 +39,7 @@ func TestConfigRefused(t *testing.T) {
 	const some = "clients: [{name: x, san: y, roles: [eir], plmns: [all]}]\n"
 	const eir = good + tlsOf + some + "eir: {listen: 'h:1', "
 	const client = "clients: [{name: x, san: y, roles: [hss], plmns: [all], "
+	var refused strings.Builder
 	for _, c := range []struct{ setting, text, want string }{
 		{"token", aSocket + "token: hunter2\n", `token: the token's URI is not one of RFC 7512`},
 		{"token missing", aSocket, `token: no token`},
@@ -99,6 +100,9 @@ func TestConfigRefused(t *testing.T) {
 		{"attempt_ttl", good + "attempt_ttl: 0s\n", `attempt_ttl is a time above zero, such as 5m, not "0s"`},
 		{"attempt_ttl without unit", good + "attempt_ttl: 5\n",
 			`attempt_ttl is a time above zero, such as 5m, not "5"`},
+		{"pending_ttl", good + "pending_ttl: 0s\n", `pending_ttl is a time above zero, such as 1h, not "0s"`},
+		{"pending_vectors", good + "pending_vectors: 0\n", `pending_vectors is a whole number above zero, not "0"`},
+		{"drain_delay", good + "drain_delay: -1s\n", `drain_delay is 0s or more, such as 10s, not "-1s"`},
 		{"revocation_ttl", good + "revocation_ttl: -1m\n",
 			`revocation_ttl is a time above zero, such as 1m, not "-1m0s"`},
 		{"max_revocation_age", good + "max_revocation_age: -1h\n",
@@ -154,6 +158,8 @@ func TestConfigRefused(t *testing.T) {
 		{"equipment.lists", good + "equipment: {lists: never}\n", `equipment.lists is first or last, not "never"`},
 		{"equipment.other_device", good + "equipment: {other_device: unknown}\n",
 			`equipment.other_device is whitelisted, greylisted or blacklisted, not "unknown"`},
+		{"equipment.other_subscription", good + "equipment: {other_subscription: unknown}\n",
+			`equipment.other_subscription is whitelisted, greylisted or blacklisted, not "unknown"`},
 		{"equipment.not_in_lot", good + "equipment: {not_in_lot: red}\n",
 			`equipment.not_in_lot is whitelisted, greylisted, blacklisted or unknown, not "red"`},
 		{"equipment.history", good + "equipment: {history: 5m}\n",
@@ -186,6 +192,12 @@ func TestConfigRefused(t *testing.T) {
 				t.Errorf("%v\ndoes not say %s", err, c.want)
 			}
 		})
+		refused.WriteString(c.want + "\n")
+	}
+	for _, s := range schema.Settings {
+		if s.Rule != "" && !strings.Contains(refused.String(), s.Name+" is ") {
+			t.Errorf("%s is refused by no case", s.Name)
+		}
 	}
 }
 
