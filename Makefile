@@ -142,13 +142,16 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 	else \
 		echo 'the packages are not installed: it needs root, and the right to mount'; \
 	fi
-	@cd tools/sbom && GOWORK=off go test .
+	@cd tools/sbom && GOWORK=off ../../scripts/step.sh 'the check of SBOMs' go test .
 	$(MAKE) fuzz-plugin-seeds
 	@$(if $(NO_NETWORKS),echo 'NO NETWORK WAS CUT: only root can run the tests whose names end with CutOff' >&2)
 
-# It goes on where it ended, and says how long that will take. Results are in var/flaky.
+# It goes on where it ended, and says how long that will take. Results are in var/flaky. It leaves out what only root
+# can run, as make test does.
+LEFT_OUT = $(call any-of,$(ROOT_ONLY:|%=%) $(NO_NETWORKS))
 flaky: deps-test vaultdev ## the tests N=20 times with every core busy, and once with GOMAXPROCS=1
-	N=$(or $(N),20) PACKAGES="$(or $(PACKAGES),$(LONGEST) work)" scripts/flaky.sh
+	$(if $(LEFT_OUT),ARGS="$${ARGS:-} -test.skip=$(LEFT_OUT)") N=$(or $(N),20) \
+		PACKAGES="$(or $(PACKAGES),$(LONGEST) work)" scripts/flaky.sh
 
 soak: deps-test vaultdev ## a year in an hour: var/soak (STORE=sqlite|postgres BINDINGS=10000000 DURATION=1h SEED=n)
 	STORE=$(STORE) BINDINGS=$(BINDINGS) DURATION=$(DURATION) SEED=$(SEED) scripts/soak.sh
