@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
@@ -220,7 +221,8 @@ func (d *Desk) look(ctx context.Context) {
 }
 
 // published counts a lot's devices that are in the directory and were handed out, or are not revoked.
-func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
+func (d *Desk) published(ctx context.Context, l *lot) (n int, err error) {
+	defer panics.Recover(&err) // of the store: on look's goroutine, it would end the process
 	names, err := d.o.Store.List(ctx, directory.ShardsPath(l.Lot))
 	if err != nil {
 		return 0, err
@@ -230,7 +232,7 @@ func (d *Desk) published(ctx context.Context, l *lot) (int, error) {
 		return 0, err
 	}
 	handed := map[int]bool{}
-	n, revoked := 0, list != nil && (list.Whole != nil || len(list.Parts) > 0)
+	revoked := list != nil && (list.Whole != nil || len(list.Parts) > 0)
 	if revoked {
 		err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 			var at int
