@@ -147,7 +147,7 @@ env -u KMEHSM_TOKEN keysvc serve --config "$dir/keysvc.yaml" 2>"$dir/keysvc.log"
 server=$!
 as_hss=(--cacert "$dir/tls/ca.pem" --cert "$dir/tls/hss.pem" --key "$dir/tls/hss.key")
 url=
-for _ in {1..100}; do
+for _ in {1..600}; do
 	address=$(jq -r 'select(.msg == "serving") | .addresses[0]' "$dir/keysvc.log" 2>/dev/null || true)
 	url=https://$address
 	[ -n "$address" ] && curl -sf "${as_hss[@]}" "$url/readyz" >/dev/null && break
