@@ -312,9 +312,16 @@ func (n *node) stop() {
 	}
 }
 
-// conf writes a configuration of the extension.
+// unhurried is as long for a call as a busy machine may need, and less than the test MME waits.
+const unhurried = 20 * time.Second
+
+// conf writes a configuration of the extension, which is unhurried if no line says how long a call has.
 func (d *network) conf(name string, lines ...string) (extension string) {
-	d.write(name, "service = unix:"+d.path("s")+" # keysvc\n"+strings.Join(lines, "\n")+"\n")
+	text := "service = unix:" + d.path("s") + " # keysvc\n" + strings.Join(lines, "\n") + "\n"
+	if !strings.Contains(text, "timeout_ms") {
+		text += fmt.Sprintf("timeout_ms = %d\n", unhurried.Milliseconds())
+	}
+	d.write(name, text)
 	return "kme:" + d.path(name)
 }
 
@@ -323,9 +330,9 @@ func (d *network) confHTTPS() (extension string) { return d.confTrusting("ca.pem
 
 // confTrusting is confHTTPS with another CA for keysvc's certificate.
 func (d *network) confTrusting(ca string) (extension string) {
-	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n",
-		d.port("keysvc"),
-		d.path(ca), d.path("hss.pem"), d.path("hss.key")))
+	d.write("https.conf", fmt.Sprintf("service = https://127.0.0.1:%d\nca = %s\ncert = %s\nkey = %s\n"+
+		"timeout_ms = %d\n", d.port("keysvc"), d.path(ca), d.path("hss.pem"), d.path("hss.key"),
+		unhurried.Milliseconds()))
 	return "kme:" + d.path("https.conf")
 }
 

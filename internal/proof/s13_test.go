@@ -65,7 +65,8 @@ func TestS6aS13(t *testing.T) {
 	t.Parallel()
 	d := newNetwork(t, 3, "")
 	hss := d.start("hss", []string{"hssd:" + d.path("subscribers"), d.conf("kme.conf", "s13 = serve")}, "mme")
-	eir := d.start("eir", []string{d.conf("kme-eir.conf", "s13 = serve")}, "mme2")
+	// Calls wait for a keysvc that hangs until the breaker is open.
+	eir := d.start("eir", []string{d.conf("kme-eir.conf", "s13 = serve", "timeout_ms = 6000")}, "mme2")
 	s := &scene{network: d, hss: hss, front: hss, own: hss.peer("mme", nil)}
 	own := eir.peer("mme2", nil)
 	p, other := d.phone(), d.phone()

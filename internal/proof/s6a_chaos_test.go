@@ -173,7 +173,8 @@ func TestS6aChaos(t *testing.T) {
 	for i := range phones {
 		phones[i] = d.phone()
 	}
-	agent := d.start("agent", []string{d.conf("kme.conf", "origin_rate = 100000")}, "hss", "mme", "mme2")
+	agent := d.start("agent", []string{d.conf("kme.conf", "origin_rate = 100000", "timeout_ms = 2000")}, "hss", "mme",
+		"mme2")
 	hss := &lossyHSS{sim: phones[0].sim}
 	agent.peer("hss", hss.handle)
 	agent.connected("hss")
