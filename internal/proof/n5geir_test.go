@@ -110,7 +110,7 @@ func TestN5gEIR(t *testing.T) {
 	}
 
 	devices := d.devices()
-	keysvc, err := client.New(client.Options{URLs: []string{"unix:" + d.path("s")}})
+	keysvc, err := client.New(client.Options{URLs: []string{"unix:" + d.path("s")}, Timeout: testproc.Patience})
 	if err != nil {
 		t.Fatal(err)
 	}

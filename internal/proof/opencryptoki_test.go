@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
@@ -53,6 +54,14 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Fatal("openCryptoki's daemon needs root: make check leaves this test out for others")
 	}
+	modules, err := filepath.Glob("/usr/lib/*/opencryptoki/libopencryptoki.so.0")
+	if err != nil || len(modules) == 0 {
+		t.Fatal("libopencryptoki.so.0 is not there", err)
+	}
+	// The daemon and its token are the machine's, and so is the turn to use them.
+	turn := must.Get[*os.File](t)(os.Open(modules[0]))
+	t.Cleanup(func() { turn.Close() })
+	must.Do(t, syscall.Flock(int(turn.Fd()), syscall.LOCK_EX))
 	slotDaemon(t)
 	const label, soPIN, userPIN = "kmehsm-test", "11223344", "22334455"
 	info, err := exec.Command("pkcsconf", "-c", "3", "-t").CombinedOutput()
@@ -79,10 +88,6 @@ func TestDoctorOnOpenCryptoki(t *testing.T) {
 				t.Fatalf("pkcsconf %v: %v\n%s", step.args, err, out)
 			}
 		}
-	}
-	modules, err := filepath.Glob("/usr/lib/*/opencryptoki/libopencryptoki.so.0")
-	if err != nil || len(modules) == 0 {
-		t.Fatal("libopencryptoki.so.0 is not there", err)
 	}
 	dir := t.TempDir()
 	pin := filepath.Join(dir, "pin")

@@ -188,11 +188,14 @@ func TestPostgresRegions(t *testing.T) {
 		toPrimary.roundTrip.Store(int64(region.service))
 		toStandby.roundTrip.Store(int64(region.other))
 		for i, call := range calls {
-			took := fastest(call.do)
-			trips := float64(took-call.near) / float64(far)
-			t.Logf("%s: %s waits for %.1f round trips (%v, and %v if all is near)", region.what, call.what, trips, took,
-				call.near)
-			if most := region.most[i] + 5*float64(call.near)/float64(far); trips > most {
+			took, most := fastest(call.do), region.most[i]+5*float64(call.near)/float64(far)
+			trips := func() float64 { return float64(took-call.near) / float64(far) }
+			for try := 1; trips() > most && try < 5; try++ { // other work may have come between
+				took = min(took, fastest(call.do))
+			}
+			t.Logf("%s: %s waits for %.1f round trips (%v, and %v if all is near)", region.what, call.what, trips(),
+				took, call.near)
+			if trips() > most {
 				t.Errorf("%s: %s waits for more than %.1f round trips", region.what, call.what, most)
 			}
 		}

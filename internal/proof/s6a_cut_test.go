@@ -428,8 +428,12 @@ func (s *site) nothingIsLost() {
 		}
 		var sent client.RAND
 		rand.Read(sent[:])
-		v, err := s.client.PrepareVector(s.t.Context(), must.Get[kme.IMSI](s.t)(kme.ParseIMSI(imsi)), client.Origin{},
-			sent)
+		var v client.Vectors
+		err := s.twice("PrepareVector", func() (err error) {
+			v, err = s.client.PrepareVector(s.t.Context(), must.Get[kme.IMSI](s.t)(kme.ParseIMSI(imsi)),
+				client.Origin{}, sent)
+			return err
+		})
 		if err != nil || v.AttemptID != "" ||
 			(&phone{d: s.network, imsi: imsi, kme: secret}).decrypt(v.RANDs[0][:]) != sent {
 			s.t.Errorf("IMSI %s: its vector is not under its KME: %v", imsi, err)

@@ -202,7 +202,9 @@ func (s *soak) everythingTold() {
 				if s.revoked[b.imsi] {
 					want = kmev1.State_REVOKED
 				}
-				is, err := s.grown.admin.GetBinding(s.t.Context(), b.imsi)
+				is, err := patient(s.t.Context(), func() (*kmev1.GetBindingResponse, error) {
+					return s.grown.admin.GetBinding(s.t.Context(), b.imsi)
+				})
 				if err != nil || is.State != want || is.Imei != b.imei.String() {
 					s.t.Errorf("IMSI %s was told a NW_SIG for IMEI %s, and is %v of %s, not %v: %v", b.imsi, b.imei,
 						is.GetState(), is.GetImei(), want, err)

@@ -14,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/client"
 	"github.com/kmehsm/kmehsm/client/udm"
 	"github.com/kmehsm/kmehsm/internal/milenage"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -43,7 +44,7 @@ func TestUDM(t *testing.T) {
 	w := newWorld(t, nil)
 	w.setUp(lotOf{"L1", "tr33868-ecdsa-p256", "35209900", 2048, len(sets)})
 	w.serve(func(*http.Client) {
-		keysvc, err := client.New(client.Options{URLs: []string{"unix:" + w.path("s")}})
+		keysvc, err := client.New(client.Options{URLs: []string{"unix:" + w.path("s")}, Timeout: testproc.Patience})
 		if err != nil {
 			t.Fatal(err)
 		}
