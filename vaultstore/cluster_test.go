@@ -129,7 +129,8 @@ func TestVaultColdShardIsOneRead(t *testing.T) {
 		&api.EnableAuditOptions{Type: "file", Options: map[string]string{"file_path": log}}); err != nil {
 		t.Fatal(err)
 	}
-	reader := directory.NewReader(store, directory.NewVerifier(&key.PublicKey), directory.ReaderOptions{})
+	reader := directory.NewReader(store, directory.NewVerifier(&key.PublicKey),
+		directory.ReaderOptions{ReadTimeout: testproc.Patience})
 	start := make(chan struct{})
 	var all sync.WaitGroup
 	for i := range 100 {

@@ -19,6 +19,12 @@ import (
 	"github.com/kmehsm/kmehsm/policies"
 )
 
+// shortly is a role whose tokens are renewed, and logged in anew, within a test. Each is when half of a life is over,
+// and a busy machine may be late by nearly the other half.
+func shortly() map[string]any {
+	return map[string]any{"token_policies": "p", "token_ttl": "6s", "token_max_ttl": "12s"}
+}
+
 func TestVaultLogin(t *testing.T) {
 	server := vaulttest.Start(t)
 	root := server.Client(t, server.Root)
@@ -34,9 +40,7 @@ func TestVaultLogin(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Tokens that live so shortly are renewed, and logged in anew, within the test.
-	if _, err := root.Logical().Write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s",
-		"token_max_ttl": "4s"}); err != nil {
+	if _, err := root.Logical().Write("auth/approle/role/r", shortly()); err != nil {
 		t.Fatal(err)
 	}
 	role, err := root.Logical().Read("auth/approle/role/r/role-id")
@@ -139,7 +143,7 @@ func TestVaultSecretIDReplaced(t *testing.T) {
 		t.Helper()
 		return must.Get[*api.Secret](t)(root.Logical().Write(path, data))
 	}
-	write("auth/approle/role/r", map[string]any{"token_policies": "p", "token_ttl": "2s", "token_max_ttl": "4s"})
+	write("auth/approle/role/r", shortly())
 	role := must.Get[*api.Secret](t)(root.Logical().Read("auth/approle/role/r/role-id"))
 	file := filepath.Join(t.TempDir(), "secret")
 	replace := func() (id string) {
