@@ -154,16 +154,26 @@ func (n *network) intN(of int) int {
 	return n.random.IntN(of)
 }
 
-// call calls one of the instances. It calls again if the store was not available: PostgreSQL ends the change of a
-// process that stands still for a second, as on a busy machine.
-func call[T any](n *network, do func(*binding.Service) (T, error)) (got T, err error) {
+// call calls one of the instances.
+func call[T any](n *network, do func(*binding.Service) (T, error)) (T, error) {
+	return again(func() (T, error) { return do(n.services[n.intN(len(n.services))]) })
+}
+
+// again makes a call again if the store was not available: PostgreSQL ends the change of a process that stands still
+// for a second, as on a busy machine.
+func again[T any](call func() (T, error)) (got T, err error) {
 	for range 10 {
-		got, err = do(n.services[n.intN(len(n.services))])
-		if r := new(binding.Refusal); !errors.As(err, &r) || r.Reason != kme.StoreUnavailable {
+		if got, err = call(); !storeAway(err) {
 			break
 		}
 	}
 	return got, err
+}
+
+// storeAway says whether a call was refused since the store was not available.
+func storeAway(err error) bool {
+	r := new(binding.Refusal)
+	return errors.As(err, &r) && r.Reason == kme.StoreUnavailable
 }
 
 // fault says whether something fails or is lost now.
