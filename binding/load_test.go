@@ -39,8 +39,8 @@ func TestOverload(t *testing.T) {
 	// it.
 	payload, _ := d.payload(t)
 	payload[len(payload)-1] ^= 1
-	imsi := newIMSI()
-	attempt := r.attempt(t, imsi)
+	var imsi kme.IMSI
+	var attempt string
 	call := func() (accepted bool) {
 		_, err := service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: imsi, IMEI: d.imei,
 			AttemptID: attempt, Payload: payload, Origin: here})
@@ -99,6 +99,8 @@ func TestOverload(t *testing.T) {
 		share = 0.5 // those who call take much of the only core
 	}
 	for try := 1; ; try++ { // other tests share the cores
+		imsi = newIMSI()
+		attempt = r.attempt(t, imsi) // which ends by itself
 		b := best()
 		done, refused, p99 := flood(3 * b)
 		b = min(b, best())
@@ -165,7 +167,6 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 	r, _, l := newServed(t)
 	service := r.unrecorded(t, binding.Options{})
 	d := l.devices[0]
-	imsi := newIMSI()
 	used, _ := d.payload(t)
 	other := newIMSI()
 	must[*binding.Established](t)(service.EstablishKME(t.Context(), binding.EstablishRequest{IMSI: other, IMEI: d.imei,
@@ -194,7 +195,7 @@ func TestRefusalsTakeAsLong(t *testing.T) {
 		},
 		"ledger": func() []byte { return used },
 	}
-	r.takeAsLong(t, service, d, imsi, kinds)
+	r.takeAsLong(t, service, d, kinds)
 }
 
 // The same for the known answers that are to be rejected, those of one device.
@@ -220,7 +221,7 @@ func TestKnownRefusalsTakeAsLong(t *testing.T) {
 		for why, payloads := range kinds {
 			make[why] = func() []byte { return payloads[rand.IntN(len(payloads))] }
 		}
-		r.takeAsLong(t, r.unrecorded(t, binding.Options{}), d, newIMSI(), make)
+		r.takeAsLong(t, r.unrecorded(t, binding.Options{}), d, make)
 	}
 	if compared == 0 {
 		t.Error("no device has known answers of two kinds")
@@ -233,7 +234,7 @@ func TestBoundRefusalsTakeAsLong(t *testing.T) {
 	r.enroll(t, m)
 	l := m.newLot(t, "LB", kme.SuiteBound, vectors(t).lot(t, "lot-2048"), 1, newDevices(t, 2)...)
 	r.take(t, m, l)
-	r.takeAsLong(t, r.unrecorded(t, binding.Options{}), l.devices[0], newIMSI(), map[string]func() []byte{
+	r.takeAsLong(t, r.unrecorded(t, binding.Options{}), l.devices[0], map[string]func() []byte{
 		"signature": func() []byte {
 			p := &kme.Plaintext{KME: kme.RandomSecret(), RME: kme.RandomSecret()}
 			p.Sig = must[[]byte](t)(kme.SuiteBound.Sign(l.devices[1].signer, p.KME.Bytes()))
@@ -249,9 +250,7 @@ func TestBoundRefusalsTakeAsLong(t *testing.T) {
 	})
 }
 
-func (r *harness) takeAsLong(
-	t *testing.T, service *binding.Service, d *device, imsi kme.IMSI, kinds map[string]func() []byte,
-) {
+func (r *harness) takeAsLong(t *testing.T, service *binding.Service, d *device, kinds map[string]func() []byte) {
 	const samples = 400
 	names := slices.Sorted(func(yield func(string) bool) {
 		for k := range kinds {
@@ -260,8 +259,9 @@ func (r *harness) takeAsLong(
 			}
 		}
 	})
-	attempt := r.attempt(t, imsi)
 	for round := 1; ; round++ {
+		imsi := newIMSI()
+		attempt := r.attempt(t, imsi) // which ends by itself
 		type one struct {
 			kind    string
 			payload []byte
