@@ -408,6 +408,7 @@ func Either(t testing.TB, database string, servers ...*Server) string {
 	q.Set("host", strings.Join(hosts, ","))
 	q.Set("port", strings.Join(ports, ","))
 	q.Set("target_session_attrs", "read-write")
+	q.Set("connect_timeout", "2") // one that is silent keeps nobody from the other
 	u.RawQuery = q.Encode()
 	return u.String()
 }
@@ -428,7 +429,7 @@ func (s *Server) ExecIn(t testing.TB, database, statements string) {
 }
 
 func (s *Server) url(database string) string {
-	return fmt.Sprintf("postgres://postgres@/%s?host=%s&port=%d&connect_timeout=2", database,
+	return fmt.Sprintf("postgres://postgres@/%s?host=%s&port=%d&connect_timeout=20", database,
 		url.QueryEscape(s.dir), s.Port)
 }
 

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5/pgconn"
+
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -35,6 +37,17 @@ func newWriter(t *testing.T, url string) *writer {
 		db.Close()
 	})
 	return w
+}
+
+// do makes a change; again, if the server has ended it, since this process stood still for pause, as on a busy machine.
+func do(ctx context.Context, w *writer, key string, f func(context.Context, *tx) error) (err error) {
+	for range 10 {
+		err = w.Do(ctx, key, f)
+		if !hasCode(err, "25P03") && !pgconn.SafeToRetry(err) { // idle_in_transaction_session_timeout
+			break
+		}
+	}
+	return err
 }
 
 func number(t *testing.T, w *writer, query string) (n int64) {
@@ -80,7 +93,7 @@ func together(t *testing.T, w *writer, n int, f func(i int) error) (transactions
 	hold := make(chan struct{})
 	var all sync.WaitGroup
 	all.Go(func() {
-		if err := w.Do(t.Context(), "first", func(ctx context.Context, tx *tx) error {
+		if err := do(t.Context(), w, "first", func(ctx context.Context, tx *tx) error {
 			<-hold
 			return tx.Do(ctx, "UPDATE count SET n = n")
 		}); err != nil {
@@ -106,7 +119,7 @@ func TestPostgresGroupCommit(t *testing.T) {
 	const each = 40
 	for round := int64(1); ; round++ {
 		n := together(t, w, each, func(i int) error {
-			return w.Do(t.Context(), fmt.Sprint(i%30), func(ctx context.Context, tx *tx) error {
+			return do(t.Context(), w, fmt.Sprint(i%30), func(ctx context.Context, tx *tx) error {
 				if i%30 == 0 { // more than one has the key
 					var n int64
 					if err := tx.Each(ctx, func(scan func(...any) error) error { return scan(&n) },
@@ -174,7 +187,7 @@ func TestPostgresFailsAlone(t *testing.T) {
 		for _, first := range []bool{false, true} { // before it has changed something, or after
 			const each = 12
 			together(t, w, each, func(i int) error {
-				err := w.Do(map[bool]context.Context{true: way.ctx, false: t.Context()}[i == 5], fmt.Sprint(i),
+				err := do(map[bool]context.Context{true: way.ctx, false: t.Context()}[i == 5], w, fmt.Sprint(i),
 					func(ctx context.Context, tx *tx) error {
 						if i == 5 && first {
 							if err := way.fails(ctx, tx); err != nil {
@@ -219,7 +232,7 @@ func TestPostgresWriters(t *testing.T) {
 		for j := range 8 {
 			g.Go(func() {
 				for range each {
-					err := w.Do(t.Context(), fmt.Sprint(j), func(ctx context.Context, tx *tx) error {
+					err := do(t.Context(), w, fmt.Sprint(j), func(ctx context.Context, tx *tx) error {
 						return add(ctx, tx, fmt.Sprint(i))
 					})
 					if err != nil {
