@@ -53,7 +53,7 @@ func givenUp(t *testing.T, tokens []healthy, call func() error, lines ...string)
 // A call that was given up goes on, and writes nothing that its caller has: the race detector sees it otherwise.
 func TestGivenUp(t *testing.T) {
 	ctx := t.Context()
-	operator, operatorTok, _ := newOperator(t)
+	operator, operatorTok, opening := newOperator(t)
 	transport := must[*rsa.PublicKey](t)(operator.NewTransportKey(ctx))
 	kek := hsmkeys.Key{Role: hsmkeys.RoleKEK, Manufacturer: "m", Name: "op"}
 	injection := hsmkeys.Key{Role: hsmkeys.RoleInjection, Manufacturer: "m", Name: "f1"}
@@ -142,8 +142,8 @@ func TestGivenUp(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			// New ones: what was just lost is reinitialised only after a second.
-			impatient := hsmkeys.Options{HangTimeout: 300 * time.Millisecond} // long enough for what hangs nowhere
-			both := tokens{openOperator(t, operatorTok.URI, impatient), openFactory(t, tok.URI, impatient)}
+			both := tokens{openOperator(t, operatorTok.URI, impatient(opening)),
+				openFactory(t, tok.URI, impatient(opening))}
 			givenUp(t, []healthy{both.o, both.f}, func() error { return c.call(both) }, c.hangs+" hang")
 		})
 	}
@@ -154,14 +154,14 @@ func second[T any](_ T, err error) error { return err }
 // A token that fails, and then hangs when it is asked for a new session, holds up its callers no longer than any
 // other that hangs.
 func TestHangBehindAFailure(t *testing.T) {
-	token, _, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
+	token, tok, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: given})
 	for range token.Sessions() { // all are open: one after the other gets its turn
 		if err := token.Ping(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
 	givenUp(t, []healthy{token}, func() error { return token.Ping(t.Context()) }, "C_Sign 0x5", "C_OpenSession hang")
-	back(t, token, opening)
+	back(t, token, tok, opening)
 }
 
 // A handle that a call finds which was given up is nobody's: the key may have gone meanwhile, and the handle be
@@ -172,8 +172,10 @@ func TestGivenUpHandle(t *testing.T) {
 	if _, _, err := maker.EnsureLotKey(t.Context(), lot, 2048, hsmkeys.PrimesAuto); err != nil {
 		t.Fatal(err)
 	}
+	start := time.Now()
+	openFactory(t, tok.URI, hsmkeys.Options{})
 	// One that has not looked for it yet.
-	token := openFactory(t, tok.URI, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
+	token := openFactory(t, tok.URI, impatient(time.Since(start)))
 	givenUp(t, []healthy{token}, func() error {
 		_, err := token.Has(t.Context(), lot)
 		testproc.Await(t, "the token's return", func() bool {

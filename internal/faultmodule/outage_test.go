@@ -24,19 +24,32 @@ func newOperator(t *testing.T) (token *hsmkeys.OperatorToken, tok softhsmtest.To
 	return newOperatorWith(t, hsmkeys.Options{})
 }
 
+// given is how long a token has for a call in a test of hangs, or more if its machine is slow.
+const given = 300 * time.Millisecond
+
+// impatient gives a call up if it hangs, and no other: each takes less than the opening of the token.
+func impatient(opening time.Duration) hsmkeys.Options {
+	return hsmkeys.Options{HangTimeout: max(given, 10*opening)}
+}
+
+// newOperatorWith is newOperator with options. If they have a HangTimeout, the token is impatient.
 func newOperatorWith(
 	t *testing.T, o hsmkeys.Options,
 ) (token *hsmkeys.OperatorToken, tok softhsmtest.Tok, opening time.Duration) {
 	t.Helper()
 	tok = softhsmtest.Operator(t)
+	start := time.Now()
 	made := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), faulty.URI(tok.URI), hsmkeys.Options{}))
+	if o.HangTimeout > 0 {
+		o.HangTimeout = impatient(time.Since(start)).HangTimeout
+	}
 	must[bool](t)(made.Dedicate(t.Context(), hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(made.EnsureStorageKey(t.Context()))
 	must[bool](t)(made.EnsureLedgerKey(t.Context()))
 	if err := made.Close(); err != nil {
 		t.Fatal(err)
 	}
-	start := time.Now()
+	start = time.Now()
 	token = openOperator(t, tok.URI, o)
 	return token, tok, time.Since(start)
 }
@@ -56,11 +69,17 @@ func newFactory(t *testing.T, keys map[hsmkeys.Key]*rsa.PublicKey) (*hsmkeys.Fac
 
 // back waits until the token works again. It tries once a second at least, and then the token may take as long as
 // to be opened.
-func back(t *testing.T, token *hsmkeys.OperatorToken, opening time.Duration) {
+func back(t *testing.T, token *hsmkeys.OperatorToken, tok softhsmtest.Tok, opening time.Duration) {
 	t.Helper()
 	start := time.Now()
 	testproc.Await(t, "the token's return", func() bool { return token.Ping(t.Context()) == nil })
-	if took := time.Since(start); took > 2*time.Second+10*opening {
+	took := time.Since(start)
+	if took > 2*time.Second+10*opening { // other work may have begun since that was measured
+		start = time.Now()
+		openOperator(t, tok.URI, hsmkeys.Options{})
+		opening = max(opening, time.Since(start))
+	}
+	if took > 2*time.Second+10*opening {
 		t.Errorf("it was back after %s; to open it takes %s", took, opening)
 	}
 }
@@ -68,7 +87,7 @@ func back(t *testing.T, token *hsmkeys.OperatorToken, opening time.Duration) {
 // Whatever a token says when it goes, calls are answered at once while it is away, none hangs, and it is back soon
 // after its return, without anybody's help.
 func TestOutage(t *testing.T) {
-	token, _, opening := newOperator(t)
+	token, tok, opening := newOperator(t)
 	away := 1500 * time.Millisecond
 	if os.Getenv("KMEHSM_SOAK") != "" {
 		away = 10 * time.Second
@@ -114,7 +133,7 @@ func TestOutage(t *testing.T) {
 			gone := time.Now()
 			time.Sleep(away)
 			faulty.Tell(t)
-			back(t, token, opening)
+			back(t, token, tok, opening)
 			outage := time.Since(gone)
 			after := worked.Load()
 			testproc.Await(t, "the load, after its return", func() bool { return worked.Load() > after })
@@ -141,8 +160,7 @@ func TestOutage(t *testing.T) {
 
 // A call that hangs in the module is given up, and the process goes on; when it comes back, nothing is left of it.
 func TestHang(t *testing.T) {
-	const given = 300 * time.Millisecond
-	token, _, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: given})
+	token, tok, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: given})
 	faulty.Tell(t, "C_Sign hang")
 	var all sync.WaitGroup
 	for range 2 * token.Sessions() {
@@ -169,18 +187,18 @@ func TestHang(t *testing.T) {
 		t.Errorf("an answer takes %s while the token is away", fastest)
 	}
 	faulty.Tell(t)
-	back(t, token, opening)
+	back(t, token, tok, opening)
 	testproc.Await(t, "the end of the calls that hung", func() bool { return token.Health().Hung == 0 })
 }
 
 // One call that hangs takes its session with it, and nothing else.
 func TestHangOfOne(t *testing.T) {
-	token, _, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: 300 * time.Millisecond})
+	token, tok, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: given})
 	faulty.Tell(t, "C_Sign hang-once 1")
 	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) {
 		t.Errorf("%v", err)
 	}
-	back(t, token, opening)
+	back(t, token, tok, opening)
 	if h := token.Health(); h.Hung != 1 {
 		t.Errorf("%+v", h)
 	}
