@@ -150,7 +150,7 @@ func giveUp(t *testing.T, token *Token, after func() error) (release chan struct
 	t.Helper()
 	release = make(chan struct{})
 	hangAfter := token.hangAfter
-	token.hangAfter = 10 * time.Millisecond
+	token.hangAfter = time.Second // for the login, too, that is tried beside it
 	defer func() { token.hangAfter = hangAfter }()
 	err := token.With(t.Context(), "test", func(*Session) error { <-release; return after() })
 	if !errors.Is(err, ErrUnavailable) {
