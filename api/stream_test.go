@@ -69,17 +69,24 @@ type streaming struct {
 	path     string // of the socket
 	server   *http.Server
 	handler  *Handler
-	opened   atomic.Int64 // streams
-	unready  atomic.Bool  // as /readyz says
-	leaving  atomic.Bool  // see Options
+	opened   atomic.Int64  // streams
+	unready  atomic.Bool   // as /readyz says
+	leaving  atomic.Bool   // see Options
+	timeout  time.Duration // of a request that is no stream
 	client   kmev1connect.KeyServiceClient
 	*connect.BidiStreamForClient[kmev1.StreamRequest, kmev1.StreamResponse]
 }
 
 func newStreaming(t *testing.T, transport *http.Transport) *streaming {
 	t.Helper()
+	return newStreamingOf(t, transport, testproc.Patience)
+}
+
+// newStreamingOf is newStreaming with the time that a request has which is no stream.
+func newStreamingOf(t *testing.T, transport *http.Transport, timeout time.Duration) *streaming {
+	t.Helper()
 	s := &streaming{store: &keptStore{goOn: make(chan struct{})}, registry: prometheus.NewRegistry(),
-		path: filepath.Join(t.TempDir(), "s")}
+		path: filepath.Join(t.TempDir(), "s"), timeout: timeout}
 	metrics, streams := binding.NewMetrics(s.registry), NewStreams()
 	service := binding.NewService(binding.Options{Store: s.store, Times: binding.DefaultTimes(), Metrics: metrics,
 		Log: slog.New(slog.NewJSONHandler(&s.log, nil))})
@@ -112,9 +119,8 @@ func (s *streaming) listen(t *testing.T) {
 		t.Fatal(err)
 	}
 	s.server = &http.Server{
-		Protocols: new(http.Protocols),
-		// A stream is longer.
-		ReadTimeout: time.Second / 2, WriteTimeout: time.Second / 2,
+		Protocols:   new(http.Protocols),
+		ReadTimeout: s.timeout, WriteTimeout: s.timeout,
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			s.opened.Add(1)
 			s.handler.ServeHTTP(w, r)
@@ -194,7 +200,7 @@ func (s *streaming) total(t *testing.T, family string) (n float64) {
 // Whatever calls a client makes, each is answered by itself: one that panics, hangs or is none at all is the end of no
 // other, and not of the stream.
 func TestStream(t *testing.T) {
-	s := newStreaming(t, new(http.Transport))
+	s := newStreamingOf(t, new(http.Transport), time.Second)
 	s.store.notice = func(ctx context.Context) {
 		if until, ok := ctx.Deadline(); !ok || time.Until(until) > maxWait {
 			t.Errorf("a call may go on until %v, %v", until, ok)
@@ -228,7 +234,7 @@ func TestStream(t *testing.T) {
 		strings.Count(log, `"call":"Stream"`) != 1 {
 		t.Errorf("the log: %s", log)
 	}
-	time.Sleep(2 * s.server.ReadTimeout)
+	time.Sleep(2 * s.timeout) // a stream is longer
 	s.send(t, get(9, bound))
 	s.take(t, 1)
 	s.send(t, get(10, kept))
