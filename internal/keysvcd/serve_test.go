@@ -130,13 +130,14 @@ func TestServe(t *testing.T) {
 		t.Errorf("PrepareVector: %+v, %v", v, err)
 	}
 	metrics := ""
-	testproc.Await(t, "the bindings are counted", func() bool {
+	// The store has a second to answer each time.
+	testproc.Await(t, "the bindings are counted, and the store is up, without a warning", func() bool {
 		_, metrics = get("/metrics")
-		return strings.Contains(metrics, "\nkme_bindings_counted_timestamp_seconds ")
+		return strings.Contains(metrics, "\nkme_bindings_counted_timestamp_seconds ") &&
+			strings.Contains(metrics, "\nkme_store_up 1") && strings.Contains(metrics, "\nkme_store_warnings 0")
 	})
-	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_store_up 1",
-		"\nkme_store_warnings 0", "\nkme_directory_cache_hits_total 0", "\nkme_build_info{commit=",
-		"\nkme_ledger_entries 0", "\nkme_attaches_total 0", "\nkme_established_total 0",
+	for _, want := range []string{"\nkme_hsm_up{", "\nkme_hsm_weaknesses{", "\nkme_directory_cache_hits_total 0",
+		"\nkme_build_info{commit=", "\nkme_ledger_entries 0", "\nkme_attaches_total 0", "\nkme_established_total 0",
 		`kme_bindings{state="ACTIVE"} 0`, `kme_bindings{state="PENDING"} 0`, `kme_bindings{state="REVOKED"} 0`,
 		`kme_refusals_total{reason="ROLLED_BACK"} 0`,
 		`kme_call_seconds_count{method="EstablishKME",reason="OK"} 0`,
