@@ -26,7 +26,7 @@ trap : INT TERM HUP # the command gets them too; what it leaves is looked for al
 TMPDIR=$dir "$@"
 status=$?
 
-for _ in {1..100}; do # what is ending already
+for _ in {1..300}; do # what is ending already
 	[ -n "$(running)" ] || break
 	sleep 0.1
 done

@@ -94,7 +94,7 @@ inside() {
 	operator keysvc store verify
 	upgrade ../2/kmehsm-{factory,mesim,freediameter}_*.deb
 	upgrade ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
-	ready 20 | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
+	ready 300 | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
 	bound 3
 	systemctl stop keysvc
 	upgrade ../2/kmehsm-keysvc_*.deb >/dev/null

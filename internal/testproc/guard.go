@@ -88,7 +88,7 @@ func guard() (code int, err error) {
 		endAll(0)
 		return status.ExitStatus(), nil
 	}
-	left := endAll(10 * time.Second)
+	left := endAll(20 * time.Second)
 	entries, err := os.ReadDir(dir)
 	if err != nil {
 		return 1, err
