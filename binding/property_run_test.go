@@ -16,14 +16,10 @@ func (n *network) administer(p *peer, s *sim) {
 	var err error
 	what := "opened"
 	if n.intN(3) > 0 {
-		_, err = call(n, func(service *binding.Service) (*binding.Attempt, error) {
-			return service.OpenProvisioning(n.Context(), s.imsi, 10*time.Minute)
-		})
+		_, err = n.service().OpenProvisioning(n.Context(), s.imsi, 10*time.Minute)
 	} else {
 		what = "revoked"
-		_, err = call(n, func(service *binding.Service) (*binding.Binding, error) {
-			return service.RevokeBinding(n.Context(), s.imsi)
-		})
+		_, err = n.service().RevokeBinding(n.Context(), s.imsi)
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()

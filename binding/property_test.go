@@ -154,27 +154,7 @@ func (n *network) intN(of int) int {
 	return n.random.IntN(of)
 }
 
-// call calls one of the instances.
-func call[T any](n *network, do func(*binding.Service) (T, error)) (T, error) {
-	return again(func() (T, error) { return do(n.services[n.intN(len(n.services))]) })
-}
-
-// again makes a call again if the store was not available: PostgreSQL ends the change of a process that stands still
-// for a second, as on a busy machine.
-func again[T any](call func() (T, error)) (got T, err error) {
-	for range 10 {
-		if got, err = call(); !storeAway(err) {
-			break
-		}
-	}
-	return got, err
-}
-
-// storeAway says whether a call was refused since the store was not available.
-func storeAway(err error) bool {
-	r := new(binding.Refusal)
-	return errors.As(err, &r) && r.Reason == kme.StoreUnavailable
-}
+func (n *network) service() *binding.Service { return n.services[n.intN(len(n.services))] }
 
 // fault says whether something fails or is lost now.
 func (n *network) fault() bool { return !n.faultless.Load() && n.intN(10) == 0 }
@@ -247,9 +227,7 @@ func (n *network) air(p *peer, s *sim) {
 		rands[0] = s.clear[n.intN(len(s.clear))]
 	}
 	n.mu.Unlock()
-	got, err := call(n, func(service *binding.Service) (*binding.Prepared, error) {
-		return service.PrepareVector(n.Context(), s.imsi, rands, p.Origin)
-	})
+	got, err := n.service().PrepareVector(n.Context(), s.imsi, rands, p.Origin)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	at := p.at[s]
@@ -353,10 +331,8 @@ func (n *network) establish(p *peer, s *sim) {
 		k = n.newKey(d, s)
 	}
 	at.key = k
-	e, err := call(n, func(service *binding.Service) (*binding.Established, error) {
-		return service.EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei,
-			AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
-	})
+	e, err := n.service().EstablishKME(n.Context(), binding.EstablishRequest{IMSI: s.imsi, IMEI: k.phone.imei,
+		AttemptID: attempt, Payload: k.payload, Origin: p.Origin})
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	if err != nil {
@@ -388,9 +364,7 @@ func (n *network) report(p *peer, s *sim, ok bool) {
 		}
 	}
 	n.mu.Unlock()
-	got, err := call(n, func(service *binding.Service) (*binding.Reported, error) {
-		return service.ReportAuthentication(n.Context(), s.imsi, ok, p.Origin)
-	})
+	got, err := n.service().ReportAuthentication(n.Context(), s.imsi, ok, p.Origin)
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.note(p, s, "reported", "%v: %+v, %v", ok, got, err)
@@ -417,9 +391,7 @@ func (n *network) resync(p *peer, s *sim) {
 		return
 	}
 	before := n.subscription(s)
-	got, err := call(n, func(service *binding.Service) (hsmkeys.RAND, error) {
-		return service.RestoreRAND(n.Context(), s.imsi, v.sent, p.Origin)
-	})
+	got, err := n.service().RestoreRAND(n.Context(), s.imsi, v.sent, p.Origin)
 	after := n.subscription(s)
 	n.mu.Lock()
 	defer n.mu.Unlock()

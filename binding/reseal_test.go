@@ -45,16 +45,12 @@ func TestRotated(t *testing.T) {
 		rotateChild(t, a[0], a[1], a[2], a[3])
 		return
 	}
-	rotated(t, sqlstore.InFolder(t.TempDir()), func() bool { return false })
+	rotated(t, sqlstore.InFolder(t.TempDir()))
 }
 
-func TestPostgresRotated(t *testing.T) {
-	server := pgtest.Start(t)
-	rotated(t, server.Database(t), server.StoodStill)
-}
+func TestPostgresRotated(t *testing.T) { rotated(t, pgtest.Start(t).Database(t)) }
 
-// rotated is TestRotated on a store, which says whether it has ended a change since this process stood still.
-func rotated(t *testing.T, storeName string, stoodStill func() bool) {
+func rotated(t *testing.T, storeName string) {
 	w := newWorld(t, storeName)
 	w.recorder = &recorder{Ledger: w.store, token: w.token, store: w.store}
 	w.service = w.newService(binding.Options{Lots: w.lots(t)})
@@ -93,15 +89,13 @@ func rotated(t *testing.T, storeName string, stoodStill func() bool) {
 	}
 	var before []bound
 	for i := range 150 {
-		before = append(before, must[bound](t)(again(func() (bound, error) {
-			return bind(t.Context(), w.lot.devices[i%5])
-		})))
+		before = append(before, must[bound](t)(bind(t.Context(), w.lot.devices[i%5])))
 	}
 	w.bind(t, w.lot.devices[0]) // one that stays pending
 
 	ctx, stop := context.WithCancel(t.Context())
 	var load sync.WaitGroup
-	var calls, away atomic.Int64
+	var calls atomic.Int64
 	for i := range 3 {
 		load.Go(func() {
 			for n := i; ctx.Err() == nil; n++ {
@@ -114,9 +108,6 @@ func rotated(t *testing.T, storeName string, stoodStill func() bool) {
 				}
 				if ctx.Err() != nil {
 					return
-				}
-				if storeAway(err) && away.Add(1) <= 10 {
-					continue
 				}
 				if err != nil {
 					t.Errorf("while the storage key was rotated: %v", err)
@@ -176,9 +167,6 @@ func rotated(t *testing.T, storeName string, stoodStill func() bool) {
 	served("retired")
 	stop()
 	load.Wait()
-	if n := away.Load(); n > 0 && !stoodStill() {
-		t.Errorf("while the storage key was rotated, %d calls found no store", n)
-	}
 	for _, b := range before {
 		if err := checkVector(t.Context(), b); err != nil {
 			t.Errorf("IMSI %s: %v", b.imsi, err)

@@ -223,12 +223,6 @@ func (s *Server) Run(t testing.TB) {
 	})
 }
 
-// StoodStill says whether the server has ended a transaction since its program did nothing in it for as long as it
-// allows, as on a busy machine.
-func (s *Server) StoodStill() bool {
-	return strings.Contains(s.process.Log.String(), "terminating connection due to idle-in-transaction timeout")
-}
-
 // Kill ends the server at once, as kill -9 does. It waits until the processes of its connections have seen that,
 // and removes what they shared: while one of them has it, the server does not start again.
 func (s *Server) Kill(t testing.TB) {

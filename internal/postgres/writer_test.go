@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5/pgconn"
-
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -37,17 +35,6 @@ func newWriter(t *testing.T, url string) *writer {
 		db.Close()
 	})
 	return w
-}
-
-// do makes a change; again, if the server has ended it, since this process stood still for pause, as on a busy machine.
-func do(ctx context.Context, w *writer, key string, f func(context.Context, *tx) error) (err error) {
-	for range 10 {
-		err = w.Do(ctx, key, f)
-		if !hasCode(err, "25P03") && !pgconn.SafeToRetry(err) { // idle_in_transaction_session_timeout
-			break
-		}
-	}
-	return err
 }
 
 func number(t *testing.T, w *writer, query string) (n int64) {
@@ -93,7 +80,7 @@ func together(t *testing.T, w *writer, n int, f func(i int) error) (transactions
 	hold := make(chan struct{})
 	var all sync.WaitGroup
 	all.Go(func() {
-		if err := do(t.Context(), w, "first", func(ctx context.Context, tx *tx) error {
+		if err := w.Do(t.Context(), "first", func(ctx context.Context, tx *tx) error {
 			<-hold
 			return tx.Do(ctx, "UPDATE count SET n = n")
 		}); err != nil {
@@ -119,7 +106,7 @@ func TestPostgresGroupCommit(t *testing.T) {
 	const each = 40
 	for round := int64(1); ; round++ {
 		n := together(t, w, each, func(i int) error {
-			return do(t.Context(), w, fmt.Sprint(i%30), func(ctx context.Context, tx *tx) error {
+			return w.Do(t.Context(), fmt.Sprint(i%30), func(ctx context.Context, tx *tx) error {
 				if i%30 == 0 { // more than one has the key
 					var n int64
 					if err := tx.Each(ctx, func(scan func(...any) error) error { return scan(&n) },
@@ -187,7 +174,7 @@ func TestPostgresFailsAlone(t *testing.T) {
 		for _, first := range []bool{false, true} { // before it has changed something, or after
 			const each = 12
 			together(t, w, each, func(i int) error {
-				err := do(map[bool]context.Context{true: way.ctx, false: t.Context()}[i == 5], w, fmt.Sprint(i),
+				err := w.Do(map[bool]context.Context{true: way.ctx, false: t.Context()}[i == 5], fmt.Sprint(i),
 					func(ctx context.Context, tx *tx) error {
 						if i == 5 && first {
 							if err := way.fails(ctx, tx); err != nil {
@@ -232,7 +219,7 @@ func TestPostgresWriters(t *testing.T) {
 		for j := range 8 {
 			g.Go(func() {
 				for range each {
-					err := do(t.Context(), w, fmt.Sprint(j), func(ctx context.Context, tx *tx) error {
+					err := w.Do(t.Context(), fmt.Sprint(j), func(ctx context.Context, tx *tx) error {
 						return add(ctx, tx, fmt.Sprint(i))
 					})
 					if err != nil {
@@ -248,19 +235,20 @@ func TestPostgresWriters(t *testing.T) {
 }
 
 // Whoever does not answer in a transaction keeps others waiting for pause, and no longer; whose connection is ended
-// is told so, and goes on with another one.
+// makes the change again with another one.
 func TestPostgresHangs(t *testing.T) {
 	url := pgtest.Start(t).Database(t)
 	one, two := newWriter(t, url), newWriter(t, url)
 	var ended error
 	var g sync.WaitGroup
 	holds, hold := make(chan struct{}), make(chan struct{})
+	holding := sync.OnceFunc(func() { close(holds) })
 	g.Go(func() {
 		ended = one.Do(t.Context(), "x", func(ctx context.Context, tx *tx) error {
 			if err := add(ctx, tx, "hangs"); err != nil {
 				return err
 			}
-			close(holds)
+			holding()
 			<-hold
 			return nil
 		})
@@ -276,7 +264,7 @@ func TestPostgresHangs(t *testing.T) {
 	}
 	close(hold)
 	g.Wait()
-	if err != nil || ended == nil {
+	if err != nil || ended != nil {
 		t.Errorf("beside an instance that hangs: %v; its own change: %v", err, ended)
 	}
 	if err := one.Do(t.Context(), "x", func(ctx context.Context, tx *tx) error {
@@ -284,5 +272,5 @@ func TestPostgresHangs(t *testing.T) {
 	}); err != nil {
 		t.Error(err)
 	}
-	checkChain(t, one, 2)
+	checkChain(t, one, 3)
 }
