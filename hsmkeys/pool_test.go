@@ -114,6 +114,7 @@ func TestPoolLosesAToken(t *testing.T) {
 	}
 	want := must[[]RAND](t)(g.EncryptRANDs(t.Context(), sealed, []RAND{{1}}))
 	folder := filepath.Join(softhsmtest.Dir(), "tokens", p11.Trim(other.hsm.Info().Label))
+	elsewhere := filepath.Join(softhsmtest.Dir(), "away") // SoftHSM finds a token by any name of its folder in tokens
 	ctx, stop := context.WithCancel(t.Context())
 	var all sync.WaitGroup
 	var done atomic.Int64
@@ -132,7 +133,7 @@ func TestPoolLosesAToken(t *testing.T) {
 	for done.Load() < 100 && !t.Failed() {
 		time.Sleep(time.Millisecond)
 	}
-	if err := os.Rename(folder, folder+".away"); err != nil {
+	if err := os.Rename(folder, elsewhere); err != nil {
 		t.Fatal(err)
 	}
 	before := done.Load()
@@ -141,7 +142,7 @@ func TestPoolLosesAToken(t *testing.T) {
 	}
 	away := other.Health().Cause
 	time.Sleep(200 * time.Millisecond)
-	if err := os.Rename(folder+".away", folder); err != nil {
+	if err := os.Rename(elsewhere, folder); err != nil {
 		t.Fatal(err)
 	}
 	back := func(deadline time.Time) bool {
