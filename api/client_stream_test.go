@@ -230,7 +230,8 @@ func TestStreamHangs(t *testing.T) {
 
 // Close ends calls, and leaves no goroutine. A call after it connects again.
 func TestClose(t *testing.T) {
-	s := newStreaming(t, new(http.Transport))
+	// A connection that is not idle yet ends by the server's timeout.
+	s := newStreamingOf(t, new(http.Transport), time.Second)
 	before := runtime.NumGoroutine()
 	c := newClient(t, s.path, client.Options{Timeout: testproc.Patience, Tries: 1})
 	ended := make(chan error, 1)

@@ -134,7 +134,8 @@ func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) er
 	return confirmed(t.conn.PgConn())
 }
 
-// hasSpoken says whether a server has ended a connection, or sent what nobody has asked for. It does not wait.
+// hasSpoken says whether a server has ended a connection, or sent what nobody has asked for. It does not wait, also not
+// for a read of pgx in the background.
 func hasSpoken(conn net.Conn) (yes bool) {
 	if over, ok := conn.(*tls.Conn); ok {
 		conn = over.NetConn()
@@ -143,10 +144,9 @@ func hasSpoken(conn net.Conn) (yes bool) {
 	if err != nil {
 		return true
 	}
-	err = raw.Read(func(fd uintptr) bool {
+	err = raw.Control(func(fd uintptr) {
 		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		yes = err != unix.EAGAIN
-		return true
 	})
 	return yes || err != nil
 }
