@@ -2,16 +2,12 @@ package postgres
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"iter"
-	"net"
-	"syscall"
 	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/internal/groupcommit"
 )
@@ -52,7 +48,8 @@ func (w *Writer[S]) try(batch []*groupcommit.Change[*Tx[S]], apart bool) (result
 		err = w.db.raw(ctx, func(conn *pgx.Conn) error {
 			t.conn = conn
 			err := t.commit(batch, apart)
-			lost = conn.IsClosed() && (!t.ending || hasCode(err, "25P03")) // idle_in_transaction_session_timeout
+			// Without COMMIT: it was not sent, or the server has ended the idle transaction before (25P03).
+			lost = conn.IsClosed() && (!t.ending || pgconn.SafeToRetry(err) || hasCode(err, "25P03"))
 			return err
 		})
 		if err == nil {
@@ -124,31 +121,11 @@ func (t *transaction[S]) run(batch []*groupcommit.Change[*Tx[S]], apart bool) er
 		}
 		return nil
 	})
-	if hasSpoken(t.conn.PgConn().Conn()) {
-		return errors.Join(errors.New("the server has ended the transaction"), t.conn.Close(t.ctx))
-	}
 	t.ending = true
 	if err := t.send(); err != nil {
 		return err
 	}
 	return confirmed(t.conn.PgConn())
-}
-
-// hasSpoken says whether a server has ended a connection, or sent what nobody has asked for. It does not wait, also not
-// for a read of pgx in the background.
-func hasSpoken(conn net.Conn) (yes bool) {
-	if over, ok := conn.(*tls.Conn); ok {
-		conn = over.NetConn()
-	}
-	raw, err := conn.(syscall.Conn).SyscallConn()
-	if err != nil {
-		return true
-	}
-	err = raw.Control(func(fd uintptr) {
-		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		yes = err != unix.EAGAIN
-	})
-	return yes || err != nil
 }
 
 // sideBySide makes changes with different keys. It fails if one of them fails after it has changed something.

@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/pgtest"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -276,36 +273,4 @@ func TestPostgresHangs(t *testing.T) {
 		t.Error(err)
 	}
 	checkChain(t, one, 3)
-}
-
-// hasSpoken waits for nobody: neither for the server, nor for who reads in the background.
-func TestHasSpoken(t *testing.T) {
-	l := must.Get[net.Listener](t)(net.Listen("unix", filepath.Join(t.TempDir(), "s")))
-	defer l.Close()
-	conn := must.Get[net.Conn](t)(net.Dial("unix", l.Addr().String()))
-	defer conn.Close()
-	server := must.Get[net.Conn](t)(l.Accept())
-	defer server.Close()
-	var reading sync.WaitGroup
-	reading.Go(func() { conn.Read(make([]byte, 1)) })
-	for range 100 { // it reads by then
-		if hasSpoken(conn) {
-			t.Fatal("a server that says nothing has spoken")
-		}
-		time.Sleep(time.Millisecond)
-	}
-	must.Get[int](t)(server.Write([]byte("E")))
-	reading.Wait()
-	if hasSpoken(conn) {
-		t.Error("what was read is there again")
-	}
-	must.Get[int](t)(server.Write([]byte("E")))
-	if !hasSpoken(conn) {
-		t.Error("a server that says something has not spoken")
-	}
-	conn.Read(make([]byte, 1))
-	server.Close()
-	if !hasSpoken(conn) {
-		t.Error("a server that has ended the connection has not spoken")
-	}
 }
