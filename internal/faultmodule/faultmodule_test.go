@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/directory/filestore"
@@ -13,6 +14,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/faultmodule"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 	"github.com/kmehsm/kmehsm/internal/testkeys"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -53,7 +55,13 @@ func openFactory(t *testing.T, uri string, o hsmkeys.Options) *hsmkeys.FactoryTo
 func openOperator(t *testing.T, uri string, o hsmkeys.Options) *hsmkeys.OperatorToken {
 	t.Helper()
 	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), faulty.URI(uri), o))
-	t.Cleanup(func() { token.Close() })
+	t.Cleanup(func() {
+		// As long as a call is in the module, that stays in use. On a busy machine, one may be given up that is slow.
+		for end := time.Now().Add(testproc.Patience); token.Health().Hung > 0 && time.Now().Before(end); {
+			time.Sleep(10 * time.Millisecond)
+		}
+		token.Close()
+	})
 	return token
 }
 

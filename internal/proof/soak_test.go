@@ -284,7 +284,9 @@ func (s *soak) bytes() (sum int64) {
 	if s.postgres != nil {
 		db := must.Get[*sql.DB](s.t)(sql.Open("pgx", s.grown.store))
 		defer db.Close()
-		must.Do(s.t, db.QueryRowContext(s.t.Context(), "SELECT pg_database_size(current_database())").Scan(&sum))
+		testproc.Await(s.t, "the size of the database", func() bool { // the connection string has little time
+			return db.QueryRowContext(s.t.Context(), "SELECT pg_database_size(current_database())").Scan(&sum) == nil
+		})
 		return sum
 	}
 	files := must.Get[[]string](s.t)(filepath.Glob(s.path("grown/keysvc.db*")))
