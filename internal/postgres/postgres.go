@@ -83,42 +83,40 @@ func reached(err error) error {
 		"string has the right host, database, role and password (PGPASSFILE): %w", err)
 }
 
-// parse parses a connection string, with what the environment adds (PGHOST, PGSSLMODE, PGSERVICE, ...), for each server
-// that it names. Its errors are wrong usage.
+// parse parses a connection string, with what the environment adds (PGHOST, PGSSLMODE, PGSERVICE, ...), and gives the
+// servers that it names. Its errors are wrong usage.
 //
 // Each host must be on this machine, or prove its name by TLS: another server in its place would be sent every sealed
 // KME, and asked for them.
-func parse(name string) (servers []*pgx.ConnConfig, err error) {
-	config, err := pgx.ParseConfig(name)
+func parse(name string) (config *pgx.ConnConfig, servers []*pgconn.FallbackConfig, err error) {
+	config, err = pgx.ParseConfig(name)
 	if err != nil {
 		// err may have the password.
-		return nil, usage.Errorf("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
+		return nil, nil, usage.Errorf("the connection string of PostgreSQL cannot be parsed, or a file that it names " +
 			"cannot be read: it is postgres://USER@HOST/DATABASE?sslmode=verify-full&sslrootcert=FILE, with the CA's " +
 			"certificate in FILE")
 	}
 	if path := os.Getenv("PGPASSFILE"); path != "" {
 		if info, err := os.Stat(path); err == nil {
 			if err := durable.Closed("the file of passwords "+path, info); err != nil {
-				return nil, usage.Errorf("%w; chmod 0600 it, and change the passwords if others had access", err)
+				return nil, nil, usage.Errorf("%w; chmod 0600 it, and change the passwords if others had access", err)
 			}
 		}
 	}
-	ways := append([]*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port,
-		TLSConfig: config.TLSConfig}}, config.Fallbacks...)
-	for _, way := range ways {
-		server, tls := config.Copy(), way.TLSConfig
-		server.Host, server.Port, server.TLSConfig, server.Fallbacks = way.Host, way.Port, tls, nil
-		servers = append(servers, server)
-		if filepath.IsAbs(way.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == way.Host &&
-			way.Host != "" {
+	servers = append([]*pgconn.FallbackConfig{{Host: config.Host, Port: config.Port, TLSConfig: config.TLSConfig}},
+		config.Fallbacks...)
+	for _, server := range servers {
+		tls := server.TLSConfig
+		if filepath.IsAbs(server.Host) || tls != nil && !tls.InsecureSkipVerify && tls.ServerName == server.Host &&
+			server.Host != "" {
 			continue
 		}
-		return nil, usage.Errorf("the connection string of PostgreSQL allows a server that does not prove its " +
+		return nil, nil, usage.Errorf("the connection string of PostgreSQL allows a server that does not prove its " +
 			"name: write ?sslmode=verify-full&sslrootcert=FILE after the database's name, with the CA's certificate " +
 			"in FILE; or, for a server on this machine, postgres://USER@/DATABASE?host=/FOLDER with the folder of " +
 			"its Unix socket")
 	}
-	return servers, nil
+	return config, servers, nil
 }
 
 // A connector connects to one of several servers. It asks the one first that took the last connection: each new
@@ -172,35 +170,35 @@ var dialer = net.Dialer{
 
 // connect gives the connections of a connection string.
 func connect(name string, schema sqlconn.Schema) (*DB, error) {
-	servers, err := parse(name)
+	config, servers, err := parse(name)
 	if err != nil {
 		return nil, err
 	}
+	config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
+	// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not used.
+	config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	config.OnNotice = func(conn *pgconn.PgConn, n *pgconn.Notice) {
+		if n.Code == warning {
+			conn.CustomData()[warning] = n
+		}
+	}
+	// A server that has lost its power does not even refuse a connection: the next one is tried while there is time.
+	if len(servers) > 1 && config.ConnectTimeout == 0 {
+		config.ConnectTimeout = patience / time.Duration(1+len(servers))
+	}
+	config.DialFunc = dialer.DialContext
+	prepare := stdlib.OptionAfterConnect(func(ctx context.Context, conn *pgx.Conn) error {
+		err := ready(ctx, conn, schema)
+		if err != nil {
+			conn.Close(ctx) // nobody else does
+		}
+		return err
+	})
 	c := new(connector)
-	for _, config := range servers {
-		config.RuntimeParams["application_name"] = fmt.Sprintf(application, len(schema.Migrations))
-		// A standby has old rows, and so has a primary that has become one: whatever the string says, they are not
-		// used.
-		config.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
-		config.OnNotice = func(conn *pgconn.PgConn, n *pgconn.Notice) {
-			if n.Code == warning {
-				conn.CustomData()[warning] = n
-			}
-		}
-		// A server that has lost its power does not even refuse a connection: the next one is tried while there is
-		// time.
-		if len(servers) > 1 && config.ConnectTimeout == 0 {
-			config.ConnectTimeout = patience / time.Duration(1+len(servers))
-		}
-		config.DialFunc = dialer.DialContext
-		c.servers = append(c.servers, stdlib.GetConnector(*config, stdlib.OptionAfterConnect(
-			func(ctx context.Context, conn *pgx.Conn) error {
-				err := ready(ctx, conn, schema)
-				if err != nil {
-					conn.Close(ctx) // nobody else does
-				}
-				return err
-			})))
+	for _, s := range servers {
+		one := config.Copy()
+		one.Host, one.Port, one.TLSConfig, one.Fallbacks = s.Host, s.Port, s.TLSConfig, nil
+		c.servers = append(c.servers, stdlib.GetConnector(*one, prepare))
 	}
 	return &DB{DB: sql.OpenDB(c), hosts: len(servers)}, nil
 }
