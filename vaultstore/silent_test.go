@@ -136,8 +136,8 @@ func TestEndless(t *testing.T) {
 		if err := c.ask(); err == nil || !strings.Contains(err.Error(), "longer than") {
 			t.Errorf("%s: %v", what, err)
 		}
-		// The rest has stayed in the network's buffers.
-		if n := sent.Load(); n > c.most+32<<20 {
+		// The rest is in the network's buffers: net.ipv4.tcp_rmem and tcp_wmem, 36 MiB where this was measured.
+		if n := sent.Load(); n > c.most+64<<20 {
 			t.Errorf("%s took %d bytes", what, n)
 		}
 	}
