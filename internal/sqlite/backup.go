@@ -135,7 +135,7 @@ func workFolder(to string) (folder string, remove func() error, err error) {
 	return folder, remove, nil
 }
 
-// isPart says whether to is a file of the database at from, or one that SQLite may make for it.
+// isPart says whether to is a file of the database at from, or one that belongs to it.
 func isPart(from, to string) bool {
 	real, err := filepath.EvalSymlinks(from)
 	if err != nil {
@@ -145,7 +145,7 @@ func isPart(from, to string) bool {
 	there, err2 := os.Stat(filepath.Dir(to))
 	suffix, ours := strings.CutPrefix(filepath.Base(to), filepath.Base(real))
 	return err == nil && err2 == nil && os.SameFile(here, there) && ours &&
-		slices.Contains([]string{"-wal", "-shm", "-journal"}, suffix)
+		slices.Contains([]string{"-wal", "-shm", "-journal", turnSuffix}, suffix)
 }
 
 func syncFile(path string) error {

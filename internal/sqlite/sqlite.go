@@ -45,14 +45,18 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 				"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32&_mutex=no",
 				busyTimeout.Milliseconds()) + extra
 	}
+	turn, err := os.OpenFile(path+turnSuffix, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, nil, fmt.Errorf("the database cannot be opened: %w", err)
+	}
 	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate&_cache_size=-65536"))
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, errors.Join(err, turn.Close())
 	}
 	db.SetMaxOpenConns(1) // SQLite has one writer at a time
 	// While another process switches to WAL, SQLite returns SQLITE_BUSY at once, whatever the busy timeout.
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
-		err = migrate(ctx, db, schema)
+		err = migrate(ctx, db, turn, schema)
 		busy, ok := errors.AsType[sqlite3.Error](err)
 		if !ok || busy.Code != sqlite3.ErrBusy || time.Since(start) > busyTimeout {
 			break
@@ -60,7 +64,7 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 	}
 	if err == nil {
 		if write, err = newWriter(ctx, db, schema); err == nil {
-			write.path = path
+			write.path, write.turn = path, turn
 			write.file, write.log, err = files(path)
 		}
 	}
@@ -68,7 +72,7 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 		read, err = sql.Open("sqlite3", dsn("&_query_only=on"))
 	}
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close())
+		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close(), turn.Close())
 	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
@@ -121,8 +125,30 @@ func create(path string) error {
 	return f.Close()
 }
 
-func migrate(ctx context.Context, db *sql.DB, schema sqlconn.Schema) error {
+const turnSuffix = "-turn"
+
+// begin begins a change. A process that makes one change after the other would keep all others out: SQLite's lock has
+// no queue, and whoever waits only asks for it again, up to 100 ms later. So it is asked for by the process whose turn
+// it is, and nobody else asks until that one has it. The turn is only a matter of order: without it, begin goes on.
+func begin(ctx context.Context, db *sql.DB, turn *os.File) (*sql.Tx, error) {
+	for start := time.Now(); ; time.Sleep(time.Millisecond) {
+		err := unix.Flock(int(turn.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			defer unix.Flock(int(turn.Fd()), unix.LOCK_UN)
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) || time.Since(start) > busyTimeout {
+			break
+		}
+	}
 	tx, err := db.BeginTx(ctx, nil)
+	if busy, ok := errors.AsType[sqlite3.Error](err); ok && busy.Code == sqlite3.ErrBusy {
+		err = fmt.Errorf("another process keeps it locked: try again when that one has ended its work: %w", err)
+	}
+	return tx, err
+}
+
+func migrate(ctx context.Context, db *sql.DB, turn *os.File, schema sqlconn.Schema) error {
+	tx, err := begin(ctx, db, turn)
 	if err != nil {
 		return err
 	}
@@ -171,6 +197,7 @@ func Look(ctx context.Context, path string) (number int, err error) {
 type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]
 	db     *sql.DB
+	turn   *os.File // see begin
 	schema sqlconn.Schema
 	path   string
 	file   os.FileInfo // what was there when it was opened
@@ -202,7 +229,7 @@ func (w *Writer) Exec(ctx context.Context, query string, args ...any) error {
 // Close finishes the changes under way; later ones fail.
 func (w *Writer) Close() error {
 	w.Writer.Close()
-	return w.db.Close()
+	return errors.Join(w.db.Close(), w.turn.Close())
 }
 
 // try makes changes: see groupcommit.New. A savepoint costs a copy of each page that is changed after it.
@@ -217,7 +244,7 @@ func (w *Writer) try(batch []*groupcommit.Change[*sqlconn.Tx], apart bool) (resu
 		}
 	}()
 	results = make([]error, len(batch))
-	tx, err := w.db.BeginTx(context.Background(), nil)
+	tx, err := begin(context.Background(), w.db, w.turn)
 	if err != nil {
 		return results, err
 	}

@@ -354,3 +354,43 @@ func TestReplacedWhileOpen(t *testing.T) {
 		w.Close()
 	}
 }
+
+// A process that makes one change after the other keeps nobody out: a command beside a busy service is one of others.
+func TestOthersGetATurn(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	table := "CREATE TABLE t (n INTEGER)"
+	read, busy := open(t, path, table)
+	ctx, stop := context.WithCancel(t.Context())
+	var all sync.WaitGroup
+	defer all.Wait()
+	defer stop()
+	for range 8 {
+		all.Go(func() {
+			for ctx.Err() == nil {
+				err := busy.Do(t.Context(), func(ctx context.Context, tx *sqlconn.Tx) error {
+					time.Sleep(time.Millisecond) // with the lock
+					_, err := tx.ExecContext(ctx, "INSERT INTO t VALUES (1)")
+					return err
+				})
+				if err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		})
+	}
+	const others = 20
+	for range others {
+		_, other := open(t, path, table)
+		if err := errors.Join(other.Exec(t.Context(), "INSERT INTO t VALUES (2)"), other.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var theirs, own int
+	if err := read.QueryRow("SELECT SUM(n = 2), SUM(n = 1) FROM t").Scan(&theirs, &own); err != nil {
+		t.Fatal(err)
+	}
+	if theirs != others || own < others {
+		t.Errorf("%d of %d changes of others, beside %d", theirs, others, own)
+	}
+}
