@@ -1,9 +1,11 @@
 package api
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"sync"
@@ -214,6 +216,54 @@ func TestInstanceEnds(t *testing.T) {
 	}
 	stop()
 	all.Wait()
+}
+
+// A call that may be made only once goes to the next instance if the first has ended before it looked at the call.
+func TestInstanceLeavesAStreamOut(t *testing.T) {
+	a, b, c := newInstances(t, testproc.Patience)
+	a.server.Close()
+	l, err := net.Listen("unix", a.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			conn, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go goAway(conn)
+		}
+	}()
+	for range 4 {
+		if _, err := c.ReportAuthentication(t.Context(), parseIMSITest(t, bound), client.Origin{}, false); err != nil {
+			t.Error(err)
+		}
+	}
+	if asked := b.store.asked.Load(); asked != 4 {
+		t.Errorf("%d of 4 calls were made", asked)
+	}
+}
+
+// goAway is an HTTP/2 server that takes no stream: it answers HEADERS by GOAWAY with NO_ERROR and no last stream (RFC
+// 9113, 6.8).
+func goAway(conn net.Conn) {
+	defer conn.Close()
+	conn.Write([]byte{0, 0, 0, 4, 0, 0, 0, 0, 0}) // SETTINGS
+	r, header := bufio.NewReader(conn), make([]byte, 9)
+	r.Discard(len("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"))
+	for {
+		if _, err := io.ReadFull(r, header); err != nil {
+			return
+		}
+		if _, err := r.Discard(int(header[0])<<16 | int(header[1])<<8 | int(header[2])); err != nil {
+			return
+		}
+		if header[3] == 1 { // HEADERS
+			conn.Write([]byte{0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}) // GOAWAY
+		}
+	}
 }
 
 // A call that may be made only once goes to the next instance if there is no connection to the first.
