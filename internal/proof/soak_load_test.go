@@ -124,9 +124,14 @@ func randomRAND() (r client.RAND) {
 // load has devices attach for as long as the run is, and everything happen to the service.
 func (s *soak) load() {
 	ctx, cancel := context.WithCancel(s.t.Context())
-	defer cancel()
 	s.era.Store(1)
-	var workers sync.WaitGroup
+	var workers, watch sync.WaitGroup
+	end := func() {
+		cancel()
+		workers.Wait()
+		watch.Wait()
+	}
+	defer end() // also of what fails
 	for w := range 8 {
 		workers.Go(func() {
 			for i := w; ctx.Err() == nil; i += 8 {
@@ -152,7 +157,6 @@ func (s *soak) load() {
 	}
 	start := time.Now()
 	series := new(series)
-	var watch sync.WaitGroup
 	watch.Go(func() { s.comeBack(ctx) })
 	watch.Go(func() {
 		for ctx.Err() == nil {
@@ -161,9 +165,7 @@ func (s *soak) load() {
 		}
 	})
 	s.happen(start, series)
-	cancel()
-	workers.Wait()
-	watch.Wait()
+	end()
 	s.result.Seconds, s.result.Attached = time.Since(start).Seconds(), len(s.times.all)
 	s.result.Well, s.result.All = latencyOf(s.times.well), latencyOf(s.times.all)
 	series.flat(s)
