@@ -272,8 +272,8 @@ var ErrStreamEnded = errors.New("the stream to the service has ended")
 var errEnded = errors.New("the service has ended the stream")
 
 // unsent says whether the server has begun nothing of a request whose connection takes no more streams: net/http sent
-// nothing of it, or the server's GOAWAY leaves its stream out (RFC 9113, 6.8). If net/http cannot read the request's body
-// a second time, it says so by an error without a type (rewindBody, and http2shouldRetryRequest).
+// nothing of it, or the server's GOAWAY leaves its stream out (RFC 9113, 6.8). If net/http cannot read the request's
+// body a second time, it says so by an error without a type (rewindBody, and http2shouldRetryRequest).
 func unsent(err error) bool {
 	return strings.Contains(err.Error(), "net/http: cannot rewind body after connection loss") ||
 		strings.Contains(err.Error(), "http2: Transport received Server's graceful shutdown GOAWAY")

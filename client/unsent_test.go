@@ -7,8 +7,8 @@ import (
 	"connectrpc.com/connect"
 )
 
-// A stream that net/http did not send, or the server left out, is a call not begun, which any call may be made again after; one whose connection
-// broke later is none.
+// A stream that net/http did not send, or that the server left out, is a call not begun, which any call may be made
+// again after; one whose connection broke later is none.
 func TestUnsent(t *testing.T) {
 	for text, want := range map[string]bool{
 		"net/http: cannot rewind body after connection loss":                                               true,

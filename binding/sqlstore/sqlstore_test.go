@@ -270,7 +270,7 @@ func TestFileMode(t *testing.T) {
 	s := open(t, file)
 	beginAttempt(t, s, newBinding(t, "001010000000001", "a1"))
 	for name, want := range map[string]os.FileMode{filepath.Dir(file): 0o700, file: 0o600, file + "-wal": 0o600,
-		file + "-shm": 0o600} {
+		file + "-shm": 0o600, file + "-turn": 0o600} {
 		if info, err := os.Stat(name); err != nil {
 			t.Error(err)
 		} else if info.Mode().Perm() != want {

@@ -72,7 +72,8 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 		read, err = sql.Open("sqlite3", dsn("&_query_only=on"))
 	}
 	if err != nil {
-		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close(), turn.Close())
+		return nil, nil, errors.Join(fmt.Errorf("the database %s cannot be used: %w", path, err), db.Close(),
+			turn.Close())
 	}
 	read.SetMaxOpenConns(2 * runtime.GOMAXPROCS(0))
 	read.SetMaxIdleConns(2 * runtime.GOMAXPROCS(0))
