@@ -231,7 +231,8 @@ func TestWaitAndWorkApart(t *testing.T) {
 	free()
 	pinged.Wait()
 	slices.Sort(o.waits)
-	if n := token.Sessions() + 2; len(o.waits) != n || o.waits[n-1] < hold/2 || o.waits[n-2] < hold/2 {
+	// The time of the one in vain has begun before its wait.
+	if n := token.Sessions() + 2; len(o.waits) != n || o.waits[n-1] < hold/2 || o.waits[n-2] < hold/4 {
 		t.Errorf("waits: %v", o.waits)
 	}
 	if w := o.worked["ping"]; len(w) != 1 || w[0] >= o.waits[len(o.waits)-1] {
