@@ -78,7 +78,7 @@ func TestInstanceKilled(t *testing.T) {
 		all.Wait()
 	}
 	get(20)
-	a.server.Close()
+	a.close()
 	get(20)
 	for range 10 { // may not be repeated, and need not be
 		if _, err := c.ReportAuthentication(t.Context(), one, client.Origin{}, false); err != nil {
@@ -96,7 +96,7 @@ func TestInstanceKilled(t *testing.T) {
 	}
 	a.unready.Store(false)
 	testproc.Await(t, "it gets calls again", func() bool { get(2); return a.store.asked.Load() > asked })
-	b.server.Close()
+	b.close()
 	get(20)
 }
 
@@ -131,8 +131,8 @@ func TestInstanceSilent(t *testing.T) {
 // All are away: a call goes to any of them, and says why it is refused.
 func TestInstancesAway(t *testing.T) {
 	a, b, c := newInstances(t, testproc.Patience)
-	a.server.Close()
-	b.server.Close()
+	a.close()
+	b.close()
 	for range 3 {
 		_, err := c.GetBinding(t.Context(), parseIMSITest(t, bound))
 		if connect.CodeOf(err) != connect.CodeUnavailable {
@@ -165,7 +165,7 @@ func saysOverloaded(t *testing.T, timeout time.Duration) error {
 	if err := get(); err != nil {
 		return err
 	}
-	b.server.Close()
+	b.close()
 	l, err := net.Listen("unix", b.path) // it takes connections, and is silent
 	if err != nil {
 		t.Fatal(err)
@@ -221,7 +221,7 @@ func TestInstanceEnds(t *testing.T) {
 // A call that may be made only once goes to the next instance if the first has ended before it looked at the call.
 func TestInstanceLeavesAStreamOut(t *testing.T) {
 	a, b, c := newInstances(t, testproc.Patience)
-	a.server.Close()
+	a.close()
 	l, err := net.Listen("unix", a.path)
 	if err != nil {
 		t.Fatal(err)
@@ -269,7 +269,7 @@ func goAway(conn net.Conn) {
 // A call that may be made only once goes to the next instance if there is no connection to the first.
 func TestInstanceNotThere(t *testing.T) {
 	a, _, c := newInstances(t, testproc.Patience)
-	a.server.Close()
+	a.close()
 	for range 4 {
 		if _, err := c.OpenProvisioning(t.Context(), parseIMSITest(t, bound), time.Hour); connect.CodeOf(err) ==
 			connect.CodeUnavailable {

@@ -102,7 +102,7 @@ func TestServiceKilled(t *testing.T) {
 		}
 	})
 	testproc.Await(t, "the calls are under way", func() bool { return s.store.asked.Load() == 21 })
-	s.server.Close()
+	s.close()
 	time.Sleep(10 * time.Millisecond) // nobody is there
 	s.listen(t)
 	testproc.Await(t, "the calls are made again", func() bool { return s.store.asked.Load() == 41 })

@@ -68,6 +68,7 @@ type streaming struct {
 	log      testproc.Log
 	path     string // of the socket
 	server   *http.Server
+	served   chan struct{} // closed when it serves no more
 	handler  *Handler
 	opened   atomic.Int64  // streams
 	unready  atomic.Bool   // as /readyz says
@@ -130,9 +131,19 @@ func (s *streaming) listen(t *testing.T) {
 		},
 	}
 	s.server.Protocols.SetUnencryptedHTTP2(true)
-	server := s.server
-	go server.Serve(l)
+	server, served := s.server, make(chan struct{})
+	s.served = served
+	go func() {
+		defer close(served)
+		server.Serve(l)
+	}()
 	t.Cleanup(func() { server.Close() })
+}
+
+// close ends the service at once. Its socket is gone then, also if it had not begun to serve.
+func (s *streaming) close() {
+	s.server.Close()
+	<-s.served
 }
 
 // end ends the service as keysvc does; listen begins it anew.
