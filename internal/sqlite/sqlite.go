@@ -45,10 +45,11 @@ func Open(ctx context.Context, path string, schema sqlconn.Schema) (read *sql.DB
 				"?_journal_mode=WAL&_synchronous=FULL&_busy_timeout=%d&_foreign_keys=on&_stmt_cache_size=32&_mutex=no",
 				busyTimeout.Milliseconds()) + extra
 	}
-	turn, err := os.OpenFile(path+turnSuffix, os.O_RDWR|os.O_CREATE, 0o600)
+	file, err := os.OpenFile(path+turnSuffix, os.O_RDWR|os.O_CREATE, 0o600)
 	if err != nil {
 		return nil, nil, fmt.Errorf("the database cannot be opened: %w", err)
 	}
+	turn := &turn{File: file}
 	db, err := sql.Open("sqlite3", dsn("&_txlock=immediate&_cache_size=-65536"))
 	if err != nil {
 		return nil, nil, errors.Join(err, turn.Close())
@@ -128,16 +129,24 @@ func create(path string) error {
 
 const turnSuffix = "-turn"
 
+// A turn is the lock of a file: see begin.
+type turn struct {
+	*os.File
+	vain bool // the last wait for it was in vain: whoever has it may be stopped, and is not waited for again
+}
+
 // begin begins a change. A process that makes one change after the other would keep all others out: SQLite's lock has
 // no queue, and whoever waits only asks for it again, up to 100 ms later. So it is asked for by the process whose turn
 // it is, and nobody else asks until that one has it. The turn is only a matter of order: without it, begin goes on.
-func begin(ctx context.Context, db *sql.DB, turn *os.File) (*sql.Tx, error) {
+func begin(ctx context.Context, db *sql.DB, turn *turn) (*sql.Tx, error) {
 	for start := time.Now(); ; time.Sleep(time.Millisecond) {
 		err := unix.Flock(int(turn.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			defer unix.Flock(int(turn.Fd()), unix.LOCK_UN)
 		}
-		if !errors.Is(err, unix.EWOULDBLOCK) || time.Since(start) > busyTimeout {
+		taken := errors.Is(err, unix.EWOULDBLOCK)
+		if !taken || turn.vain || time.Since(start) > busyTimeout || ctx.Err() != nil {
+			turn.vain = taken
 			break
 		}
 	}
@@ -148,7 +157,7 @@ func begin(ctx context.Context, db *sql.DB, turn *os.File) (*sql.Tx, error) {
 	return tx, err
 }
 
-func migrate(ctx context.Context, db *sql.DB, turn *os.File, schema sqlconn.Schema) error {
+func migrate(ctx context.Context, db *sql.DB, turn *turn, schema sqlconn.Schema) error {
 	tx, err := begin(ctx, db, turn)
 	if err != nil {
 		return err
@@ -198,7 +207,7 @@ func Look(ctx context.Context, path string) (number int, err error) {
 type Writer struct {
 	*groupcommit.Writer[*sqlconn.Tx]
 	db     *sql.DB
-	turn   *os.File // see begin
+	turn   *turn // see begin
 	schema sqlconn.Schema
 	path   string
 	file   os.FileInfo // what was there when it was opened

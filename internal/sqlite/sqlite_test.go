@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/kmehsm/kmehsm/internal/groupcommit"
 	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -351,6 +353,39 @@ func TestReplacedWhileOpen(t *testing.T) {
 			}
 		}
 		w.Close()
+	}
+}
+
+// A process that is stopped while it is its turn delays one change of another process, and not each.
+func TestTurnOfWhoIsStopped(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "db")
+	_, w := open(t, path, "CREATE TABLE t (n INTEGER)")
+	defer w.Close()
+	stopped, err := os.Open(path + turnSuffix)
+	if err == nil {
+		err = unix.Flock(int(stopped.Fd()), unix.LOCK_EX)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	insert := func() time.Duration {
+		start := time.Now()
+		if err := w.Exec(t.Context(), "INSERT INTO t VALUES (1)"); err != nil {
+			t.Error(err)
+		}
+		return time.Since(start)
+	}
+	if first := insert(); first < busyTimeout {
+		t.Errorf("it has waited for its turn for %s", first)
+	}
+	if next := min(insert(), insert()); next >= busyTimeout {
+		t.Errorf("the next change has waited, too: it took %s", next)
+	}
+	if err := stopped.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if insert(); w.turn.vain {
+		t.Error("nobody has the turn, and it is not taken")
 	}
 }
 
