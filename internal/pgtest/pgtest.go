@@ -402,7 +402,9 @@ func Either(t testing.TB, database string, servers ...*Server) string {
 	q.Set("host", strings.Join(hosts, ","))
 	q.Set("port", strings.Join(ports, ","))
 	q.Set("target_session_attrs", "read-write")
-	q.Set("connect_timeout", "2") // one that is silent keeps nobody from the other
+	if len(servers) > 1 {
+		q.Set("connect_timeout", "2") // one that is silent keeps nobody from the other
+	}
 	u.RawQuery = q.Encode()
 	return u.String()
 }
