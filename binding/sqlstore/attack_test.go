@@ -405,17 +405,17 @@ func TestStrays(t *testing.T) {
 
 // SQLite takes a number that is not whole. The pages of the ledger go on behind it all the same.
 func TestNumberThatIsNotWhole(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
 	p := path(t)
-	s := must(Open(ctx, "sqlite:"+p, rowKey))
+	s := must(Open(t.Context(), "sqlite:"+p, rowKey))
 	for n := range 1010 { // more than a page, and the number is the page's last
-		done(t, s.Note(ctx, "TRIED", "s", fmt.Sprint(n)))
+		done(t, s.Note(t.Context(), "TRIED", "s", fmt.Sprint(n)))
 	}
 	db := must(sql.Open("sqlite3", (&url.URL{Scheme: "file", OmitHost: true, Path: p}).String()))
 	defer db.Close()
 	must(db.Exec(`INSERT INTO ledger SELECT chain, 999.5, at, event, subject, imei, tag, actor, detail, mac FROM ledger
 		WHERE seq = 5`))
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
 	if n, err := s.VerifyLedger(ctx); !tables.IsDamaged(err) || ctx.Err() != nil {
 		t.Errorf("%d entries, %v", n, err)
 	}
