@@ -223,9 +223,10 @@ func BenchmarkGrowth(b *testing.B) {
 func TestReadingRests(t *testing.T) {
 	const n = 16_000
 	s, ctx := filled(t, t.TempDir(), n), t.Context()
-	least := time.Hour
+	least, rests := time.Hour, 0
 	for range 3 {
-		began, entries, rests := time.Now(), 0, 0
+		began, entries := time.Now(), 0
+		rests = 0
 		for chain := range int64(binding.Chains) {
 			m, _, err := s.chains.Verify(ctx, s.chains.Reads("verify"), chain, func(tables.Row) error { return nil },
 				func(context.Context, time.Duration) error { rests++; return nil })
@@ -243,8 +244,9 @@ func TestReadingRests(t *testing.T) {
 	if m, err := s.VerifyLedger(ctx); err != nil || m != 2*n {
 		t.Fatalf("%d entries, %v", m, err)
 	}
-	if took := time.Since(began); took < 3*least {
-		t.Errorf("a reading took %s; one without a rest takes %s", took, least)
+	// A rest ends after a second: where a page takes long, it is no longer than that.
+	if took := time.Since(began); took < min(3*least, time.Duration(rests)*time.Second/10) {
+		t.Errorf("a reading took %s, with %d rests; one without a rest takes %s", took, rests, least)
 	}
 }
 
