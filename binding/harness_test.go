@@ -259,8 +259,8 @@ func newMaker(t testing.TB) *maker {
 func (m *maker) reader(t testing.TB) *directory.Reader {
 	t.Helper()
 	// Tests publish while they read, and revoke: see harness.refresh.
-	return directory.NewReader(m.store, directory.NewVerifier(m.Public()),
-		directory.ReaderOptions{RevocationTTL: time.Hour, NegativeTTL: time.Nanosecond})
+	return directory.NewReader(m.store, directory.NewVerifier(m.Public()), directory.ReaderOptions{
+		RevocationTTL: time.Hour, NegativeTTL: time.Nanosecond, ReadTimeout: testproc.Patience})
 }
 
 func (m *maker) kekKey() hsmkeys.Key {

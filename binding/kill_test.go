@@ -44,7 +44,8 @@ func serveChild(t *testing.T, args []string) {
 	readers := map[string]*directory.Reader{}
 	for _, m := range must[[]*registry.Manufacturer](t)(store.Manufacturers(t.Context())) {
 		readers[m.KeyID] = directory.NewReader(files,
-			must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))), directory.ReaderOptions{})
+			must[*directory.Verifier](t)(directory.ParseVerifier([]byte(m.PEM))),
+			directory.ReaderOptions{ReadTimeout: testproc.Patience})
 	}
 	lots := must[*registry.Lots](t)(registry.NewLots(must[[]*registry.Lot](t)(store.Lots(t.Context())), readers))
 	service := binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),

@@ -22,7 +22,7 @@ import (
 // readAgain puts another reader of a maker's directory in the place of the harness's, and has the service use it.
 func (r *harness) readAgain(t *testing.T, m *maker, l *lot, o directory.ReaderOptions) error {
 	t.Helper()
-	o.RevocationTTL = time.Hour
+	o.RevocationTTL, o.ReadTimeout = time.Hour, testproc.Patience
 	reader := directory.NewReader(m.store, directory.NewVerifier(m.Public()), o)
 	r.readers[m.KeyID()] = reader
 	r.serve(t)
