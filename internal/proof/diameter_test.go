@@ -450,7 +450,9 @@ var setUps = []struct {
 	}},
 	{"in an agent", func(d *network) ([]*node, string) {
 		hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
-		return []*node{hss, d.start("agent", []string{d.confHTTPS()}, "hss", "mme")}, "agent"
+		agent := d.start("agent", []string{d.confHTTPS()}, "hss", "mme")
+		agent.connected("hss") // it refuses what it cannot pass on
+		return []*node{hss, agent}, "agent"
 	}},
 }
 

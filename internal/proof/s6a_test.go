@@ -219,6 +219,7 @@ func TestS6aFaults(t *testing.T) {
 	hss := d.start("hss", []string{"hssd:" + d.path("subscribers")}, "agent")
 	agent := d.start("agent", []string{d.conf("kme.conf")}, "hss", "mme")
 	client := d.start("mme", []string{"mme:" + d.path("m")}, "agent")
+	agent.connected("hss", "mme")
 	client.connected("agent")
 	m := d.mme("m")
 	closed, open := "001010000000000", openTo
