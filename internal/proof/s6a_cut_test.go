@@ -334,11 +334,14 @@ func TestS6aPostgresVaultCutOff(t *testing.T) {
 		cut(fault{what: "HSS - " + name, felt: true, lasts: long}, address(hssHost), address(i+1))
 		cut(fault{what: name + " - primary", felt: true, inTx: true}, database, address(i+1))
 		cut(fault{what: name + " - standby"}, standby, address(i+1))
-		for range cap(s.unread) {
-			s.unread <- unread[0]
-			unread = unread[shardSize:]
-		}
-		cut(fault{what: name + " - Vault", felt: true}, vault, address(i+1))
+		s.during(fault{what: "network, " + name + " - Vault", felt: true}, func() func() {
+			mend := s.lan.cut(vault, address(i+1))
+			for range cap(s.unread) { // from now on: all could be read before the cut
+				s.unread <- unread[0]
+				unread = unread[shardSize:]
+			}
+			return mend
+		})
 	}
 	end()
 	s.allTokensAway()
