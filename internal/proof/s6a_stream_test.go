@@ -89,7 +89,8 @@ func TestS6aStream(t *testing.T) {
 	t.Parallel()
 	d := newNetwork(t, 1, "")
 	service := d.newScripted("scripted")
-	d.write("scripted.conf", "service = unix:"+service.path+"\nbreaker = 1000\n")
+	d.write("scripted.conf", fmt.Sprintf("service = unix:%s\nbreaker = 1000\ntimeout_ms = %d\n", service.path,
+		unhurried.Milliseconds()))
 	d.start("hss", []string{"hssd:" + d.path("subscribers"), "kme:" + d.path("scripted.conf")}, "mme")
 	d.start("mme", []string{"mme:" + d.path("m")}, "hss").connected("hss")
 	m := d.mme("m")
@@ -104,7 +105,8 @@ func TestS6aStream(t *testing.T) {
 	}{
 		{"an answer", "AIA 2001 2 -", func(c *kmev1.Call) (*kmev1.Answer, error) {
 			q := c.GetPrepareVector()
-			if len(q.GetRands()) != 1 || q.Imsi != unbound || q.Origin != identity("mme") || c.TimeoutMs != 2000 {
+			if len(q.GetRands()) != 1 || q.Imsi != unbound || q.Origin != identity("mme") ||
+				int64(c.TimeoutMs) != unhurried.Milliseconds() {
 				t.Errorf("the call is %v", c)
 			}
 			return good()
@@ -187,8 +189,8 @@ func failed(reason string) (*kmev1.Answer, error) {
 func severalInstances(t *testing.T, d *network) {
 	const vector = "AIA 2001 2 -"
 	a, b := d.newScripted("sa"), d.newScripted("sb")
-	d.write("two.conf", fmt.Sprintf("service = unix:%s\nservice = unix:%s\ntimeout_ms = 4000\nbreaker = 1000\n"+
-		"origin_rate = 100000\n", a.path, b.path))
+	d.write("two.conf", fmt.Sprintf("service = unix:%s\nservice = unix:%s\ntimeout_ms = %d\nbreaker = 1000\n"+
+		"origin_rate = 100000\n", a.path, b.path, unhurried.Milliseconds()))
 	hss := d.start("hss2", []string{"hssd:" + d.path("subscribers"), "kme:" + d.path("two.conf")}, "mme2")
 	d.start("mme2", []string{"mme:" + d.path("m2")}, "hss2").connected("hss2")
 	m := d.mme("m2")
