@@ -458,7 +458,12 @@ func hungService(s *scene) {
 			s.t.Errorf("%d AIRs took %v, with a service that answers %v: more than %v", n, took, up[n], most)
 		}
 	}
-	p.opened(s, s.mme, options{})
+	var a aia
+	testproc.Await(s.t, "a vector in the end", func() bool { // what was just measured may have opened the breaker
+		a = s.mme.air(p.imsi, 1, options{})
+		return a.result == 2001
+	})
+	s.expectAIA("a vector in the end", a, 2001, clearOnly)
 }
 
 // Open5GS shows errors only, and so does the test HSS.
