@@ -30,7 +30,8 @@ type readyAnswer struct {
 	found    time.Time
 }
 
-// ask gives the last answer, or waits for the next one. If the service is about to end, it says so at once.
+// ask gives the last answer, or waits for the next one. If the service is about to end, it says so at once, and also at
+// the end of a check that began before.
 func (r *readiness) ask(ctx context.Context) ([]string, error) {
 	if r.leaving != nil && r.leaving() {
 		return nil, errLeaving
@@ -50,6 +51,9 @@ func (r *readiness) ask(ctx context.Context) ([]string, error) {
 	select {
 	case got := <-flight:
 		a := got.Val.(*readyAnswer)
+		if r.leaving != nil && r.leaving() { // meanwhile: a balancer would believe the answer until it asks again
+			return nil, errLeaving
+		}
 		return a.warnings, a.err
 	case <-ctx.Done():
 		return nil, ctx.Err()
