@@ -90,7 +90,7 @@ func TestReaderOneFlight(t *testing.T) {
 	s := newSigner(t)
 	store, m := newLot(t, s, "L1")
 	store.hold = make(chan struct{})
-	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{})
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{ReadTimeout: testproc.Patience})
 	gone, cancel := context.WithCancel(t.Context())
 	first := make(chan error, 1)
 	go func() { _, err := r.Device(gone, m, m.IMEI(0)); first <- err }()
