@@ -19,10 +19,10 @@ import (
 	"github.com/kmehsm/kmehsm/policies"
 )
 
-// shortly is a role whose tokens are renewed, and logged in anew, within a test. Each is when half of a life is over,
-// and a busy machine may be late by nearly the other half.
+// shortly is a role whose tokens are renewed, and logged in anew, within a test. Each is when half of a life is over:
+// at 10 seconds and at 17.5. A busy machine may be late by nearly the other half, 7.5 seconds at least.
 func shortly() map[string]any {
-	return map[string]any{"token_policies": "p", "token_ttl": "6s", "token_max_ttl": "12s"}
+	return map[string]any{"token_policies": "p", "token_ttl": "20s", "token_max_ttl": "25s"}
 }
 
 func TestVaultLogin(t *testing.T) {
@@ -107,6 +107,30 @@ func TestVaultLogin(t *testing.T) {
 			}
 		})
 	}
+	// A secret id that is replaced in its file is the one of the next login; calls go on meanwhile.
+	before := secretID()
+	replaced := file("replaced", before)
+	t.Run("AppRole, secret replaced", func(t *testing.T) {
+		t.Parallel()
+		write := func(path string, data map[string]any) *api.Secret {
+			t.Helper()
+			return must.Get[*api.Secret](t)(root.Logical().Write("auth/approle/role/r/"+path, data))
+		}
+		client := must.Get[*api.Client](t)(Connect(t.Context(), Login{RoleID: roleID, SecretIDFile: replaced},
+			slog.New(slog.DiscardHandler)))
+		token := client.Token()
+		after := write("secret-id", nil).Data["secret_id"].(string)
+		must.Do(t, os.WriteFile(replaced, []byte(after+"\n"), 0o600))
+		write("secret-id/destroy", map[string]any{"secret_id": before})
+		works := func() {
+			t.Helper()
+			if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
+				t.Error(err)
+			}
+		}
+		testproc.Await(t, "a new login", func() bool { works(); return client.Token() != token })
+		works()
+	})
 	for name, c := range map[string]struct {
 		login Login
 		want  string
@@ -128,45 +152,6 @@ func TestVaultLogin(t *testing.T) {
 				t.Error("the error has the secret id")
 			}
 		})
-	}
-}
-
-// A secret id that is replaced in its file is the one of the next login; calls go on meanwhile.
-func TestVaultSecretIDReplaced(t *testing.T) {
-	server := vaulttest.Start(t)
-	root := server.Client(t, server.Root)
-	server.Mount(t, "kme", "2")
-	must.Do(t, New(root, "kme").Create(t.Context(), "lots/L1/manifest", []byte("x")))
-	must.Do(t, root.Sys().PutPolicy("p", `path "kme/data/lots/*" { capabilities = ["read"] }`))
-	must.Do(t, root.Sys().EnableAuthWithOptions("approle", &api.EnableAuthOptions{Type: "approle"}))
-	write := func(path string, data map[string]any) *api.Secret {
-		t.Helper()
-		return must.Get[*api.Secret](t)(root.Logical().Write(path, data))
-	}
-	write("auth/approle/role/r", shortly())
-	role := must.Get[*api.Secret](t)(root.Logical().Read("auth/approle/role/r/role-id"))
-	file := filepath.Join(t.TempDir(), "secret")
-	replace := func() (id string) {
-		t.Helper()
-		id = write("auth/approle/role/r/secret-id", nil).Data["secret_id"].(string)
-		must.Do(t, os.WriteFile(file, []byte(id+"\n"), 0o600))
-		return id
-	}
-	first := replace()
-	t.Setenv("VAULT_ADDR", server.Addr)
-	client := must.Get[*api.Client](t)(Connect(t.Context(), Login{RoleID: role.Data["role_id"].(string),
-		SecretIDFile: file}, slog.New(slog.DiscardHandler)))
-	token := client.Token()
-	replace()
-	write("auth/approle/role/r/secret-id/destroy", map[string]any{"secret_id": first})
-	testproc.Await(t, "a new login", func() bool {
-		if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
-			t.Error(err)
-		}
-		return client.Token() != token
-	})
-	if _, _, err := New(client, "kme").Read(t.Context(), "lots/L1/manifest"); err != nil {
-		t.Error(err)
 	}
 }
 
