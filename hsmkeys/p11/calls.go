@@ -74,6 +74,7 @@ func within[T any](t *Token, d time.Duration, f func() (T, error), ended func(bo
 // inToken runs f on sessions. It opens those that are nil, and replaces all if f is given up, fails in the token, or
 // panics.
 func inToken[T any](t *Token, held []*Session, operation string, f func([]*Session) (T, error)) (T, error) {
+	login := t.logins.Load()
 	v, gaveUp, err := within(t, t.hangAfter, func() (v T, err error) {
 		sound := false
 		defer func() {
@@ -106,7 +107,7 @@ func inToken[T any](t *Token, held []*Session, operation string, f func([]*Sessi
 		}
 	})
 	if gaveUp {
-		t.lose(fmt.Errorf("a call does not come back (%s)", operation))
+		t.lose(login, fmt.Errorf("a call does not come back (%s)", operation))
 		for range held {
 			t.idle.give(nil)
 		}
@@ -147,16 +148,16 @@ func Do[T any](ctx context.Context, t *Token, operation string, f func(*Session)
 func DoApart[T any](
 	ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error),
 ) (T, error) {
-	v, err := run(ctx, t, operation, steps, f)
+	v, login, err := run(ctx, t, operation, steps, f)
 	switch {
 	case ck.IsCKR(err, pkcs11.CKR_DEVICE_MEMORY):
 		t.dropAll() // session objects that are left over may fill the token
 		fallthrough
 	case classify(err) == sessionLost:
-		v, err = run(ctx, t, operation, steps, f)
+		v, login, err = run(ctx, t, operation, steps, f)
 	}
 	if c := classify(err); c == sessionLost || c == deviceLost {
-		t.lose(err)
+		t.lose(login, err)
 	}
 	t.renew()
 	return v, err
@@ -202,7 +203,7 @@ func (t *Token) With(ctx context.Context, operation string, f func(*Session) err
 
 // Once is With for what must not be done twice. f itself says what a failure means.
 func (t *Token) Once(ctx context.Context, operation string, f func(*Session) error) error {
-	_, err := run(ctx, t, operation, 1, func(s *Session) (struct{}, error) { return struct{}{}, f(s) })
+	_, _, err := run(ctx, t, operation, 1, func(s *Session) (struct{}, error) { return struct{}{}, f(s) })
 	return err
 }
 
@@ -219,17 +220,20 @@ func (t *Token) Beside(f func(*Session) error) error {
 	return err
 }
 
+// run also gives the login under which it has run f.
 func run[T any](
 	ctx context.Context, t *Token, operation string, steps int, f func(*Session) (T, error),
-) (v T, err error) {
+) (v T, login int64, err error) {
 	held, err := t.take(ctx, steps)
 	if err != nil {
-		return v, err
+		return v, 0, err
 	}
+	login = t.logins.Load()
 	if t.observer != nil {
 		defer func(start time.Time) { t.observer.Worked(operation, time.Since(start), err) }(time.Now())
 	}
-	return inToken(t, held, operation, opened(t, f))
+	v, err = inToken(t, held, operation, opened(t, f))
+	return v, login, err
 }
 
 // take waits for one place of idle. If the token is far, it takes more, up to so many, as far as they are free: it

@@ -110,6 +110,7 @@ func (t *Token) drop(s *Session) (done chan struct{}) {
 }
 
 func (t *Token) empty(s *Session) {
+	login := t.logins.Load()
 	_, err := inToken(t, []*Session{s}, "drop objects", func(held []*Session) (none struct{}, err error) {
 		if len(s.left) <= leftFew {
 			for _, h := range s.left {
@@ -130,6 +131,6 @@ func (t *Token) empty(s *Session) {
 		return none, err
 	})
 	if classify(err) == deviceLost {
-		t.lose(err)
+		t.lose(login, err)
 	}
 }

@@ -112,7 +112,7 @@ func TestPanic(t *testing.T) {
 		}
 	})
 	for name, begin := range map[string]func(){
-		"while it is reinitialised": func() { token.lose(errors.New("pulled out")) },
+		"while it is reinitialised": func() { token.lose(token.logins.Load(), errors.New("pulled out")) },
 		"while it is renewed": func() {
 			token.renewal.after.Store(token.renewal.uses.Load() + 1)
 			ping(t.Context(), token)
@@ -251,6 +251,35 @@ func TestWaitAndWorkApart(t *testing.T) {
 }
 
 // What changes of a token's health is told, in its order, and the last that is told is how it is.
+// A late is an Observer that holds up the callers of one operation when that has ended.
+type late struct{ ended, release chan struct{} }
+
+func (l *late) Waited(time.Duration) {}
+
+func (l *late) Worked(operation string, _ time.Duration, _ error) {
+	if operation == "late" {
+		close(l.ended)
+		<-l.release
+	}
+}
+
+// A call that says late that the token was lost does not take it away again when it is back.
+func TestLateLoss(t *testing.T) {
+	l := &late{ended: make(chan struct{}), release: make(chan struct{})}
+	token := openToken(t, softhsmtest.Operator(t), Options{Observer: l})
+	gone := func(*Session) error { return pkcs11.Error(pkcs11.CKR_DEVICE_REMOVED) }
+	var all sync.WaitGroup
+	all.Go(func() { token.With(t.Context(), "late", gone) })
+	<-l.ended
+	token.With(t.Context(), "in time", gone)
+	eventually(t, "it is back", func() bool { return token.Health().Cause == nil })
+	close(l.release)
+	all.Wait()
+	if h := token.Health(); h.Cause != nil || h.Reinitialised != 1 {
+		t.Errorf("%+v", h)
+	}
+}
+
 func TestChangesAreTold(t *testing.T) {
 	var mu sync.Mutex
 	var states []State

@@ -16,12 +16,16 @@ const (
 	lastPause  = time.Second
 )
 
-// lose opens the breaker, and starts to reinitialise the token.
-func (t *Token) lose(cause error) {
+// lose opens the breaker, and starts to reinitialise the token; unless that was done since the login under which it was
+// lost: a call may say so late.
+func (t *Token) lose(login int64, cause error) {
 	select {
 	case <-t.closing:
 		return
 	default:
+	}
+	if t.logins.Load() != login {
+		return
 	}
 	if t.breaker.open(cause) {
 		t.tell()
@@ -89,13 +93,14 @@ func (t *Token) reinitialise(pin PIN) error {
 			}
 		}
 		t.Forget() // handles end with the login
+		t.logins.Add(1)
 		if t.health.hung.Load() > 0 {
 			return struct{}{}, t.tryBeside(pin) // while a call hangs in the module, C_Finalize must not be
 		}
 		return struct{}{}, t.connection.reinitialise(pin)
 	})
 	if err != nil {
-		t.lose(err) // before anybody can get a session
+		t.lose(t.logins.Load(), err) // before anybody can get a session
 	}
 	return err
 }

@@ -53,6 +53,7 @@ type Token struct {
 	distance distance
 
 	breaker *breaker
+	logins  atomic.Int64 // how often the token was reinitialised; it changes only while no place of idle is held
 	health  health
 	renewal renewal
 
