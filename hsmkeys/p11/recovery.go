@@ -111,8 +111,15 @@ func (t *Token) tryBeside(pin PIN) error {
 	if t.health.hung.Load() >= int64(t.idle.size()) {
 		return fmt.Errorf("%d calls do not come back", t.health.hung.Load())
 	}
-	login := func() (*Session, error) { return t.logIn(pkcs11.CKU_USER, pin) }
-	s, _, err := within(t, min(t.hangAfter, time.Second), login, func(bool) {})
+	var late *Session
+	s, _, err := within(t, min(t.hangAfter, time.Second), func() (s *Session, err error) {
+		late, err = t.logIn(pkcs11.CKU_USER, pin)
+		return late, err
+	}, func(waited bool) {
+		if !waited && late != nil {
+			late.Close()
+		}
+	})
 	if err != nil {
 		return Explain("log in again to "+t.String(), err)
 	}

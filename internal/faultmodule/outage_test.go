@@ -202,15 +202,7 @@ func TestHangOfOne(t *testing.T) {
 	if h := token.Health(); h.Hung != 1 {
 		t.Errorf("%+v", h)
 	}
-	var all sync.WaitGroup
-	for range 2 * token.Sessions() {
-		all.Go(func() {
-			if err := token.Ping(t.Context()); err != nil {
-				t.Error(err)
-			}
-		})
-	}
-	all.Wait()
+	allWork(t, token)
 	faulty.Tell(t)
 	testproc.Await(t, "the end of the call that hung", func() bool { return token.Health().Hung == 0 })
 }
@@ -220,6 +212,46 @@ func TestHangOfOne(t *testing.T) {
 func TestRefusedPIN(t *testing.T) {
 	token, tok, _ := newOperator(t)
 	good := must[[]byte](t)(os.ReadFile(tok.PINFile))
+// A login beside a call that hangs may hang, too: of that, no session is left, and the pool has all of its own.
+func TestHangOfLogins(t *testing.T) {
+	limits := "limits 8 65536"
+	defer faulty.Tell(t)
+	faulty.Tell(t, limits)
+	token, tok, opening := newOperatorWith(t, hsmkeys.Options{HangTimeout: given})
+	faulty.Tell(t, limits, "C_Sign hang-once 3", "C_Login hang")
+	if err := token.Ping(t.Context()); !errors.Is(err, hsmkeys.ErrUnavailable) {
+		t.Errorf("%v", err)
+	}
+	testproc.Await(t, "as many calls as there are sessions", func() bool {
+		return token.Health().Hung == int64(token.Sessions())
+	})
+	faulty.Tell(t, limits)
+	back(t, token, tok, opening)
+	testproc.Await(t, "the end of the calls that hung", func() bool { return token.Health().Hung == 0 })
+	// So that all sessions are needed at once.
+	faulty.Tell(t, limits, "* delay 10000")
+	allWork(t, token)
+}
+
+// allWork waits until calls work that come at once, more than there are sessions. On a busy machine, one may be given
+// up that is slow.
+func allWork(t *testing.T, token *hsmkeys.OperatorToken) {
+	t.Helper()
+	testproc.Await(t, "calls on all sessions", func() bool {
+		var failed atomic.Bool
+		var all sync.WaitGroup
+		for range 2 * token.Sessions() {
+			all.Go(func() {
+				if token.Ping(t.Context()) != nil {
+					failed.Store(true)
+				}
+			})
+		}
+		all.Wait()
+		return !failed.Load()
+	})
+}
+
 	if err := os.WriteFile(tok.PINFile, []byte("87654321"), 0o600); err != nil {
 		t.Fatal(err)
 	}
