@@ -5,7 +5,7 @@
 
 #include "fault.h"
 
-/* What was decrypted, for "replay": of two that fall on one place, the later. */
+/* What was decrypted, for "replay": of more than 16 that fall on one place, the last. */
 static struct answer {
 	CK_OBJECT_HANDLE key;
 	CK_ULONG size;
@@ -196,6 +196,11 @@ static struct answer *answer_of(CK_OBJECT_HANDLE key, const CK_BYTE *in, CK_ULON
 
 	for (CK_ULONG i = 0; i < n; i++)
 		h = (h ^ in[i]) * 1099511628211ULL;
+	for (int i = 0; i < 16; i++) {
+		struct answer *a = &answers[(h + i) % 4096];
+		if (!a->size || (a->key == key && a->size == n && !memcmp(a->in, in, n)))
+			return a;
+	}
 	return &answers[h % 4096];
 }
 
