@@ -142,7 +142,7 @@ func TestCallsAndDepth(t *testing.T) {
 	token := openOperator(t, tok.URI, hsmkeys.Options{})
 	const many = 320
 	var all sync.WaitGroup
-	before := total(faulty.Counts())
+	before, start := total(faulty.Counts()), time.Now()
 	for range 4 {
 		all.Go(func() {
 			for range many / 4 {
@@ -156,7 +156,8 @@ func TestCallsAndDepth(t *testing.T) {
 	all.Wait()
 	calls := float64(total(faulty.Counts())-before) / many
 	t.Logf("%.3f calls a payload in all", calls)
-	if calls >= 10 {
+	// A slow machine makes calls, too, since LeftFor is over: no more than five for each session.
+	if calls >= 10+float64(time.Since(start)/p11.LeftFor)*5*float64(token.Sessions())/many {
 		t.Errorf("%.3f calls a payload in all", calls)
 	}
 }
@@ -356,17 +357,19 @@ func TestLimits(t *testing.T) {
 // A session that is never idle for long does not keep what operations left in it, even if that is little.
 func TestLeftInABusySession(t *testing.T) {
 	tok, payloads := granted(t, 1)
+	faulty.Tell(t, "* delay 500") // far: more is left than below
+	defer faulty.Tell(t)
 	token := openOperator(t, tok.URI, hsmkeys.Options{Sessions: 1})
 	sealed := must[*hsmkeys.Opened](t)(token.OpenPayload(t.Context(), payloads[0])).Sealed
 	encrypt := func() { must[[]hsmkeys.RAND](t)(token.EncryptRANDs(t.Context(), sealed, make([]hsmkeys.RAND, 1))) }
 	before := total(faulty.Counts())
-	begin, n := time.Now(), 0
-	for ; time.Since(begin) < 3*p11.LeftFor && n < 60; n++ { // fewer than are dropped for their number
+	const n = 45 // in three times LeftFor; fewer than are dropped for their number
+	for range n {
 		encrypt()
 		time.Sleep(p11.LeftFor / 15)
 	}
-	if got := total(faulty.Counts()) - before; got <= 3*uint64(n) {
-		t.Errorf("%d calls of %d operations: nothing was dropped in %s", got, n, time.Since(begin))
+	if got := total(faulty.Counts()) - before; got <= 3*n {
+		t.Errorf("%d calls of %d operations: nothing was dropped", got, n)
 	}
 }
 
