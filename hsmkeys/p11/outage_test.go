@@ -179,7 +179,8 @@ func TestGivenUpSecret(t *testing.T) {
 		t.Errorf("%v, %v", got.Bytes() != nil, err)
 	}
 	close(release)
-	eventually(t, "nothing hangs", func() bool { return token.Health().Hung == 0 })
+	// A login beside it may be given up, too, until it is opened again.
+	eventually(t, "nothing hangs", func() bool { h := token.Health(); return h.Hung == 0 && h.Cause == nil })
 	if !wiped(secret) {
 		t.Error("the secret that nobody gets is still there")
 	}
@@ -250,7 +251,6 @@ func TestWaitAndWorkApart(t *testing.T) {
 	}
 }
 
-// What changes of a token's health is told, in its order, and the last that is told is how it is.
 // A late is an Observer that holds up the callers of one operation when that has ended.
 type late struct{ ended, release chan struct{} }
 
@@ -280,6 +280,7 @@ func TestLateLoss(t *testing.T) {
 	}
 }
 
+// What changes of a token's health is told, in its order, and the last that is told is how it is.
 func TestChangesAreTold(t *testing.T) {
 	var mu sync.Mutex
 	var states []State
@@ -317,7 +318,8 @@ func TestChangesAreTold(t *testing.T) {
 		last.Reinitialised != 1 {
 		t.Errorf("states %v, and last %+v", states, last)
 	}
-	if !slices.Equal(hung, []int64{1, 0}) || last != token.Health() {
+	// More than one: a login beside it took longer than a second.
+	if hung[0] != 1 || hung[len(hung)-1] != 0 || last != token.Health() {
 		t.Errorf("hung %v, and last %+v", hung, last)
 	}
 }
