@@ -6,7 +6,6 @@ import (
 	"encoding/pem"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/miekg/pkcs11"
 
@@ -31,10 +30,7 @@ func TestNothingIsLeft(t *testing.T) {
 				Device: must[any](t)(x509.ParsePKIXPublicKey(c.Device)), Bytes: c.Payload})
 		}
 	}
-	_, sealed, err := token.sample(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
+	var sealed []byte // made below, when all objects have been counted
 	run := func(n int) {
 		t.Helper()
 		var all sync.WaitGroup
@@ -92,8 +88,11 @@ func TestNothingIsLeft(t *testing.T) {
 	}
 	var sessions, objects int
 	dropped := func() bool { _, n := count(); return n == objects }
-	time.Sleep(2 * p11.LeftFor) // since the samples
 	_, objects = count()
+	_, sealed, err := token.sample(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	run(400)
 	testproc.Await(t, "what the operations left is dropped", dropped)
 	sessions, _ = count()
