@@ -128,7 +128,7 @@ func imsi(t *testing.T, s string) kme.IMSI {
 }
 
 func TestCalls(t *testing.T) {
-	c := open(t, client.Options{}, nil)
+	c := open(t, client.Options{Timeout: testproc.Patience}, nil)
 	ctx, one := t.Context(), imsi(t, "001010123456789")
 	is := func(err error, reason kme.Reason) {
 		t.Helper()
@@ -202,7 +202,8 @@ func TestRetries(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var n atomic.Int64
-			client := open(t, client.Options{}, func(w http.ResponseWriter, _ *http.Request) bool {
+			o := client.Options{Timeout: testproc.Patience}
+			client := open(t, o, func(w http.ResponseWriter, _ *http.Request) bool {
 				n.Add(1)
 				w.Header().Set("Content-Type", "application/json")
 				w.WriteHeader(http.StatusServiceUnavailable)
@@ -216,7 +217,7 @@ func TestRetries(t *testing.T) {
 	}
 	// The third try is answered.
 	var n atomic.Int64
-	c := open(t, client.Options{}, func(w http.ResponseWriter, _ *http.Request) bool {
+	c := open(t, client.Options{Timeout: testproc.Patience}, func(w http.ResponseWriter, _ *http.Request) bool {
 		if n.Add(1) == 3 {
 			return false
 		}
