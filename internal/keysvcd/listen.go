@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -191,9 +190,6 @@ const reloadPatience = 5 * time.Second
 
 // keepCurrent reloads when it is told to, and removes expired attempts, until ctx ends.
 func (d *daemon) keepCurrent(ctx context.Context) {
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
 	minute := time.NewTicker(time.Minute)
 	defer minute.Stop()
 	reload := func() {
@@ -205,7 +201,7 @@ func (d *daemon) keepCurrent(ctx context.Context) {
 	}
 	for {
 		select {
-		case <-hup:
+		case <-d.hup:
 			reload()
 		case <-d.accepted:
 			reload()

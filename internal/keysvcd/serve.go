@@ -10,11 +10,13 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/maypok86/otter/v2/stats"
@@ -51,13 +53,18 @@ type daemon struct {
 	warnings    []string         // of tokens; they stay the same until the process ends
 	unaudited   atomic.Bool      // the audit log cannot be written
 	accepted    chan struct{}    // receives when a rolled-back database is accepted
+	hup         <-chan os.Signal // SIGHUPs, also those of before it serves
 	leaving     *leaving
 	connections *api.Connections // of all servers
 }
 
 // Serve serves the HSS as a configuration says, and logs to w. When ctx ends, it says that it is not ready any more,
-// serves for the drain delay, finishes the calls under way and returns. SIGHUP reloads lots, clients and certificates.
+// serves for the drain delay, finishes the calls under way and returns. SIGHUP reloads lots, clients and certificates;
+// one that comes while the service begins does so when it serves.
 func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
+	hup := make(chan os.Signal, 1) // at once: a SIGHUP that nobody takes ends the process
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	cfg, log, err := begin(from, w)
 	if err != nil {
 		return err
@@ -97,7 +104,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 		return err
 	}
 	d := &daemon{
-		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1), leaving: leaving,
+		from: from, tokens: tokens, store: store, accepted: make(chan struct{}, 1), leaving: leaving, hup: hup,
 		service: binding.NewService(binding.Options{
 			Token: tokens, Store: store, Times: cfg.Times(), Metrics: metrics, Log: log,
 			Refusals:  refused,

@@ -147,7 +147,7 @@ func TestServe(t *testing.T) {
 		}
 	}
 
-	// Without this, a SIGHUP that comes before the daemon listens for it would end the tests.
+	// Without this, a SIGHUP that comes when the daemon has ended would end the tests.
 	hups := make(chan os.Signal, 1)
 	signal.Notify(hups, syscall.SIGHUP)
 	defer signal.Stop(hups)
