@@ -238,7 +238,7 @@ func TestPostgresUpgradeAtNoon(t *testing.T) {
 		t.Helper()
 		before, began := attached.Load(), time.Now()
 		w.stop(p)
-		during, quarter := attached.Load()-before, int64(rate*time.Since(began).Seconds()/4)
+		during, quarter := attached.Load()-before, max(1, int64(rate*time.Since(began).Seconds()/4))
 		_, draining, _ := strings.Cut(p.Log.String(), `"draining"`)
 		here := strings.Count(draining, `"imsi":"00101000005`)
 		t.Logf("%d attaches while an instance ended; when its streams ended it was at work on %d KMEs", during, here)
