@@ -6,6 +6,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -69,6 +70,34 @@ func following(t testing.TB, store Store, s *Signer, o ReaderOptions, lots ...*M
 	r.Follow(lots)
 	t.Cleanup(func() { r.Follow(nil) })
 	return r
+}
+
+// A dated store knows when it read a list of revoked devices last.
+type dated struct {
+	Store
+	read atomic.Pointer[time.Time]
+}
+
+func (d *dated) Read(ctx context.Context, path string) ([]byte, string, error) {
+	data, version, err := d.Store.Read(ctx, path)
+	if now := time.Now(); path == RevocationsPath("L1") {
+		d.read.Store(&now)
+	}
+	return data, version, err
+}
+
+// A list is as old as the question for it: a device may have been revoked while the answer was under way.
+func TestListIsAsOldAsItsRead(t *testing.T) {
+	s := newSigner(t)
+	files, m := newLot(t, s, "L1")
+	store := &dated{Store: files}
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: time.Hour}) // it is read once
+	r.Follow([]*Manifest{m})
+	defer r.Follow(nil)
+	testproc.Await(t, "the list is read", func() bool { return r.has("L1") })
+	if at := r.List("L1").Read; at.After(*store.read.Load()) {
+		t.Errorf("a list that was read by %v counts as one of %v", store.read.Load(), at)
+	}
 }
 
 func (r *Reader) has(lot string) bool { list, _ := r.inMemory(lot); return list != nil }

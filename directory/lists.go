@@ -254,13 +254,12 @@ func (r *Reader) load(ctx context.Context, m *Manifest, asked time.Time) (*Revoc
 
 // nextList reads a lot's list, which must be the last one or a later one.
 func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList) (next revocationList, err error) {
-	defer panics.Recover(&err) // whatever the store returns, the last list stays in use
-	path := RevocationsPath(m.Lot)
+	defer panics.Recover(&err)                      // whatever the store returns, the last list stays in use
+	path, now := RevocationsPath(m.Lot), time.Now() // before the read: what is published meanwhile may not be in it
 	jws, _, err := r.store.Read(ctx, path)
 	if err != nil {
 		return next, err
 	}
-	now := time.Now()
 	next = revocationList{sum: sha256.Sum256(jws), fetched: now, tried: now}
 	if last.list != nil && next.sum == last.sum {
 		next.list, next.noted = last.list, last.noted
