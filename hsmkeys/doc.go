@@ -22,6 +22,7 @@ import (
 	"github.com/kmehsm/kmehsm/hsmkeys/keyspec"
 	"github.com/kmehsm/kmehsm/hsmkeys/officer"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 )
 
 // What packages below define, and those above use.
@@ -31,7 +32,7 @@ type (
 	Side     = keyspec.Side
 	Finding  = doctor.Finding
 	Identity = doctor.Identity
-	PIN      = p11.PIN
+	PIN      = pinsource.PIN
 	Health   = p11.Health
 	Observer = p11.Observer
 	Slot     = p11.Slot
@@ -62,7 +63,7 @@ var (
 )
 
 // ReadPIN takes a PIN from a pin-source.
-func ReadPIN(source string) (PIN, error) { return p11.ReadPIN(source) }
+func ReadPIN(source string) (PIN, error) { return pinsource.Read(source) }
 
 // CheckURI refuses what is no token's URI. Its error has no PIN.
 func CheckURI(uri string) error { return p11.CheckURI(uri) }

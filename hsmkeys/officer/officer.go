@@ -12,6 +12,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 )
 
 // A Split names the shares that a security officer's PIN is in.
@@ -23,7 +24,7 @@ type Split struct {
 
 // A PIN is the security officer's PIN, and the split whose shares gave it; nil if it is in no shares.
 type PIN struct {
-	PIN   p11.PIN
+	PIN   pinsource.PIN
 	Split *Split
 }
 

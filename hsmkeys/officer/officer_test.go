@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
 	"github.com/kmehsm/kmehsm/hsmkeys/p11"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
 
@@ -37,7 +38,7 @@ func officerSplit(t *testing.T, tok softhsmtest.Tok) string {
 }
 
 // asSO does something with the token's objects as the security officer.
-func asSO(t *testing.T, tok softhsmtest.Tok, pin p11.PIN, f func(*p11.Session) error) {
+func asSO(t *testing.T, tok softhsmtest.Tok, pin pinsource.PIN, f func(*p11.Session) error) {
 	t.Helper()
 	err := p11.AsOfficer(tok.URI, pin, func(token *p11.Token) error { return token.With(t.Context(), "test", f) })
 	if err != nil {
@@ -47,7 +48,7 @@ func asSO(t *testing.T, tok softhsmtest.Tok, pin p11.PIN, f func(*p11.Session) e
 
 func TestOfficerPINIsSet(t *testing.T) {
 	tok, ctx := softhsmtest.Token(t), t.Context()
-	first := PIN{PIN: p11.PIN(tok.SOPIN)}
+	first := PIN{PIN: pinsource.PIN(tok.SOPIN)}
 	second := PIN{"SECOND2SECOND2SECOND2SECOND2SECO", &Split{"two", 3, 5}}
 	third := PIN{"THIRD3THIRD3THIRD3THIRD3THIRD3TH", &Split{"three", 2, 3}}
 	if got := officerSplit(t, tok); got != "none, none" {
@@ -77,7 +78,7 @@ func TestOfficerPINIsSet(t *testing.T) {
 			t.Errorf("after it was checked: %s, want %s", got, step.want)
 		}
 	}
-	for _, pin := range []p11.PIN{"abc", p11.PIN(strings.Repeat("A", 300))} { // SoftHSM takes 4 to 255
+	for _, pin := range []pinsource.PIN{"abc", pinsource.PIN(strings.Repeat("A", 300))} { // SoftHSM takes 4 to 255
 		err := SetPIN(ctx, tok.URI, third, PIN{pin, &Split{"four", 2, 3}})
 		if err == nil || !strings.Contains(err.Error(), "takes PINs of 4 to 255") || errors.Is(err, ErrPINMaybeSet) {
 			t.Errorf("a PIN of %d characters: %v", len(pin), err)
@@ -123,7 +124,7 @@ func TestOfficerPINInterrupted(t *testing.T) {
 	for n, want := range []string{"old 2 of 3, none", "old 2 of 3, new 3 of 5", "old 2 of 3, new 3 of 5",
 		"new 3 of 5, none", "new 3 of 5, none"} {
 		tok, ctx := softhsmtest.Token(t), t.Context()
-		if err := SetPIN(ctx, tok.URI, PIN{PIN: p11.PIN(tok.SOPIN)}, old); err != nil {
+		if err := SetPIN(ctx, tok.URI, PIN{PIN: pinsource.PIN(tok.SOPIN)}, old); err != nil {
 			t.Fatal(err)
 		}
 		asSO(t, tok, old.PIN, func(s *p11.Session) error {
@@ -191,7 +192,7 @@ func TestOfficerSplitForged(t *testing.T) {
 }
 
 func TestOfficerPINPrintsNothing(t *testing.T) {
-	pin, err := p11.ReadPIN("file:" + softhsmtest.Token(t).SOPINFile)
+	pin, err := pinsource.Read("file:" + softhsmtest.Token(t).SOPINFile)
 	if err != nil {
 		t.Fatal(err)
 	}

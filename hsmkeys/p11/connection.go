@@ -14,6 +14,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
@@ -157,7 +158,7 @@ func (c *connection) findSlot() (slot uint, info pkcs11.TokenInfo, err error) {
 func Trim(field string) string { return strings.TrimRight(field, " \x00") }
 
 // logIn logs in, and gives the session that keeps the login.
-func (c *connection) logIn(user uint, pin PIN) (*Session, error) {
+func (c *connection) logIn(user uint, pin pinsource.PIN) (*Session, error) {
 	s, err := c.OpenSession()
 	if err != nil {
 		return nil, err
@@ -188,7 +189,7 @@ func (c *connection) OpenSession() (*Session, error) {
 }
 
 // reinitialise takes the module through C_Finalize and C_Initialize, and logs in as the user again.
-func (c *connection) reinitialise(pin PIN) error {
+func (c *connection) reinitialise(pin pinsource.PIN) error {
 	c.release() // ends the sessions, and the module unless another Token of the process uses it
 	if err := c.acquire(); err != nil {
 		return fmt.Errorf("the PKCS #11 module cannot be initialised again: %w", err)

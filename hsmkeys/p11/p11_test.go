@@ -13,6 +13,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
 )
@@ -53,7 +54,7 @@ func TestOpenWhileAnotherLogsIn(t *testing.T) {
 			return token.Close()
 		},
 		"the security officer": func() error {
-			return AsOfficer(tok.URI, PIN(tok.SOPIN), func(*Token) error { return nil })
+			return AsOfficer(tok.URI, pinsource.PIN(tok.SOPIN), func(*Token) error { return nil })
 		},
 	} {
 		var err error
@@ -254,7 +255,7 @@ func TestOpenRefuses(t *testing.T) {
 		}
 		token.Close()
 	}
-	err := AsOfficer(tok.URI, PIN(tok.PIN), func(*Token) error { return nil })
+	err := AsOfficer(tok.URI, pinsource.PIN(tok.PIN), func(*Token) error { return nil })
 	if err == nil || !strings.Contains(err.Error(), "refused the PIN") {
 		t.Errorf("a wrong security officer's PIN: %v", err)
 	}

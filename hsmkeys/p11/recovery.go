@@ -8,6 +8,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 )
 
 // The backoff of reinitialising a token. A token that is back is noticed within the larger one.
@@ -40,7 +41,7 @@ func (t *Token) recover() {
 	if time.Since(t.lastReinitialised) < 5*time.Second { // a call that breaks it again at once must not keep it busy
 		pause = lastPause
 	}
-	var refused PIN
+	var refused pinsource.PIN
 	for {
 		select {
 		case <-t.closing:
@@ -48,7 +49,7 @@ func (t *Token) recover() {
 		case <-time.After(pause):
 		}
 		pause = min(2*pause, lastPause)
-		pin, err := ReadPIN(t.pin)
+		pin, err := pinsource.Read(t.pin)
 		if refused != "" && (err != nil || subtle.ConstantTimeCompare([]byte(pin), []byte(refused)) == 1) {
 			continue
 		}
@@ -77,7 +78,7 @@ func (t *Token) recover() {
 // reinitialise calls C_Finalize and C_Initialize, and logs in again; if that fails, the token is lost. Calls wait
 // meanwhile, and none is under way, because it takes all places of idle. The caller holds reinitialising: two at once
 // would each hold half of the places and wait for the rest.
-func (t *Token) reinitialise(pin PIN) error {
+func (t *Token) reinitialise(pin pinsource.PIN) error {
 	taken := 0
 	defer func() {
 		for range taken {
@@ -107,7 +108,7 @@ func (t *Token) reinitialise(pin PIN) error {
 
 // tryBeside says whether the token answers other calls while some hang in it. If as many hang as there are sessions, it
 // does not try before one comes back.
-func (t *Token) tryBeside(pin PIN) error {
+func (t *Token) tryBeside(pin pinsource.PIN) error {
 	if t.health.hung.Load() >= int64(t.idle.size()) {
 		return fmt.Errorf("%d calls do not come back", t.health.hung.Load())
 	}
@@ -140,7 +141,7 @@ func (t *Token) renew() {
 	t.recovering.Go(func() {
 		defer t.reinitialising.Unlock()
 		// If the PIN cannot be read any more, the token goes on as it is.
-		if pin, err := ReadPIN(t.pin); err == nil {
+		if pin, err := pinsource.Read(t.pin); err == nil {
 			t.reinitialise(pin) // if it fails, it has opened the breaker
 		}
 	})

@@ -14,6 +14,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/pinsource"
 	"github.com/kmehsm/kmehsm/internal/usage"
 )
 
@@ -76,7 +77,7 @@ func OpenUser(_ context.Context, tokenURI string, o Options) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	pin, err := ReadPIN(u.pinSource)
+	pin, err := pinsource.Read(u.pinSource)
 	if err != nil {
 		return nil, err
 	}
@@ -109,7 +110,7 @@ func OpenUser(_ context.Context, tokenURI string, o Options) (*Token, error) {
 
 // AsOfficer runs f while the security officer is logged in, once. No other Token of this token may be open in the
 // process.
-func AsOfficer(tokenURI string, pin PIN, f func(*Token) error) error {
+func AsOfficer(tokenURI string, pin pinsource.PIN, f func(*Token) error) error {
 	u, err := parseURI(tokenURI)
 	if err != nil {
 		return err
