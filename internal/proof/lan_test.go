@@ -22,8 +22,7 @@ import (
 const ownNetwork = "KMEHSM_TEST_OWN_NETWORK"
 
 // inOwnNetwork says whether the test has a network namespace of its own. If it has not, it is run again in one, and all
-// that it says there is said here. It ends before this one is ended, so that it can say where it waits. It begins at
-// once, beside the tests that are not parallel: one of these takes longest of all.
+// that it says there is said here. It ends before this one is ended, so that it can say where it waits.
 func inOwnNetwork(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(ownNetwork) != "" {
@@ -47,9 +46,7 @@ func inOwnNetwork(t *testing.T) bool {
 	cmd.Env, cmd.SysProcAttr = append(os.Environ(), ownNetwork+"=1"), apart
 	said := new(testproc.Log)
 	cmd.Stdout, cmd.Stderr = said, said
-	again := testproc.Start(t, cmd, nil)
-	t.Parallel()
-	err := again.Wait()
+	err := testproc.Start(t, cmd, nil).Wait()
 	t.Logf("in a network of its own:\n%s", said)
 	if err != nil {
 		t.Errorf("in a network of its own: %v", err)

@@ -251,6 +251,7 @@ func (s *site) hssHasBoth(what string) {
 // off in turn under load, and the network between each two parts loses everything without a word. No attach fails that
 // is tried once more, by the Go client or by kme.fdx, and no binding is lost.
 func TestS6aPostgresVaultCutOff(t *testing.T) {
+	t.Parallel()
 	if !inOwnNetwork(t) {
 		return
 	}

@@ -18,6 +18,7 @@ import (
 // The network to PostgreSQL is cut while the ledger is read, which has no deadline. The read fails, and the next one
 // succeeds when the network is back: TCP alone would wait for a quarter of an hour.
 func TestPostgresReadCutOff(t *testing.T) {
+	t.Parallel()
 	if !inOwnNetwork(t) {
 		return
 	}
