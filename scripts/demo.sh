@@ -183,9 +183,10 @@ last=$(printf '35209900%06d' "$devices")
 run factory lot revoke L1 --yes "$last" "${line[@]}" --reason "stolen on the line"
 revoked=$(date +%s.%N)
 for _ in {1..600}; do # until the service has read the list again
+	asked=$(date +%s.%N)
 	age=$(curl -sSf --unix-socket "$dir/keysvc.sock" http://keysvc/metrics |
 		sed -n 's/^kme_revocations_age_seconds{.*} //p')
-	jq -ne "$age < $(date +%s.%N) - $revoked" >/dev/null 2>&1 && break
+	jq -ne "$age < $asked - $revoked" >/dev/null 2>&1 && break
 	sleep 0.1
 done
 result=$(simulate --first $((devices - 1)) --first-imsi 001019000000000 2>/dev/null || true)
