@@ -408,6 +408,11 @@ func TestMemory(t *testing.T) {
 		if revoked, err := r.Revoked(m, m.IMEI(1)); err != nil || !revoked {
 			t.Errorf("%s, with a copy: revoked %v, error %v", name, revoked, err)
 		}
+		r = start()
+		r.followed = map[string]bool{m.Lot: true} // as Follow has it before its first read has ended
+		if d, err := r.Device(ctx, m, m.IMEI(1)); err != nil || d.Revoked == nil {
+			t.Errorf("%s, with a copy, and followed: %+v, error %v", name, d.Revoked, err)
+		}
 	}
 	kept := memory.kept
 	lost := func(copy []byte) {

@@ -220,11 +220,7 @@ func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
 	if list, err := r.inMemory(m.Lot); list != nil {
 		return list, err
 	}
-	if _, followed := r.known(m.Lot); followed {
-		if list, err := r.load(ctx, m, asked); err != nil {
-			return list, err
-		}
-	} else if err := r.refresh(ctx, m, asked); ctx.Err() != nil {
+	if err := r.refresh(ctx, m, asked); ctx.Err() != nil {
 		return nil, err
 	}
 	known, _ := r.known(m.Lot)
