@@ -50,6 +50,9 @@ type live struct {
 	rolledBack bool
 }
 
+var errUnread = errors.New("the database was rolled back at the start, and its lots were not read since it was " +
+	"accepted: the service reads them by itself; if its log says that the reload failed, mend that and send SIGHUP")
+
 // apply builds the whole state of a configuration, and then serves it. On an error, nothing has changed. It is for one
 // goroutine at a time.
 func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
@@ -70,7 +73,8 @@ func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 		}
 	}
 	next.lots, err = registry.OpenLots(ctx, l.registry, l.open)
-	if errors.Is(err, binding.ErrRolledBack) && l.rolledBack {
+	unread := errors.Is(err, binding.ErrRolledBack) && l.rolledBack
+	if unread {
 		next.lots, err = new(registry.Lots), nil
 	}
 	if err != nil {
@@ -78,7 +82,14 @@ func (l *live) apply(ctx context.Context, cfg *settings.Config) error {
 	}
 	o := l.options
 	o.Clients, o.Service = next.clients, o.Service.WithLots(next.lots)
-	o.Ready = func(ctx context.Context) ([]string, error) { return l.ready(ctx, o.Service) }
+	o.Ready = func(ctx context.Context) ([]string, error) {
+		warnings, err := l.ready(ctx, o.Service)
+		if err == nil && unread {
+			err = errUnread
+			l.log.WarnContext(ctx, "not ready", "cause", err.Error())
+		}
+		return warnings, err
+	}
 	next.handler = api.NewHandler(o)
 	if l.started.EIR.Listen != "" {
 		if next.eir, err = newEIR(l.started, next.handler, o.Service); err != nil {
