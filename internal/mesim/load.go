@@ -178,8 +178,8 @@ func (l *loading) prepare(ctx context.Context, n int) ([]*loadCall, error) {
 	})
 }
 
-// each makes all calls, or those that can begin within the limit, and gives these. With a rate, a call is made when it
-// is due, and timed from then on: so its time includes a wait for an earlier, slow one.
+// each makes all calls, or the first and those that can begin within the limit, and gives these. With a rate, a call is
+// made when it is due, and timed from then on: so its time includes a wait for an earlier, slow one.
 func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate float64, limit time.Duration,
 	call func(*loadCall) error) (made []*loadCall, err error) {
 	times := make([]time.Duration, len(calls))
@@ -187,7 +187,7 @@ func (l *loading) each(ctx context.Context, m *Measure, calls []*loadCall, rate 
 	start, cpu := time.Now(), CPUTime()
 	err = each(ctx, l.Concurrency, len(calls), func(i int) error {
 		began := time.Now()
-		if began.Sub(start) >= limit {
+		if i > 0 && began.Sub(start) >= limit {
 			return nil
 		}
 		if rate > 0 {
