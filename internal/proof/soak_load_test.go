@@ -78,7 +78,10 @@ func (s *soak) attach(ctx context.Context, c *client.Client, d *mesim.Device, re
 	report, err := patient(ctx, func() (client.Report, error) {
 		return c.ReportAuthentication(ctx, imsi, client.Origin{}, true)
 	})
-	if err != nil || report.State != kmev1.State_ACTIVE {
+	s.mu.Lock()
+	revoked := s.revoked[imsi] // since an earlier try of the report, whose answer was lost
+	s.mu.Unlock()
+	if err != nil || report.State != kmev1.State_ACTIVE && !revoked {
 		return fmt.Errorf("IMSI %s, after its NW_SIG: state %v, %w", imsi, report.State, err)
 	}
 	if !replay {
