@@ -382,7 +382,7 @@ func TestMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := memory.count(); n != 1 || memory.asked != 2 { // before it was noted, and after
+	if n := memory.count(); n != 1 || memory.asked != 6 { // at each read, and once after it was noted
 		t.Errorf("one list was noted %d times, and asked for %d times", n, memory.asked)
 	}
 	revoke(1)
@@ -449,6 +449,11 @@ func TestMemory(t *testing.T) {
 	}
 	if err := memory.Note(ctx, "L1", ListMark{9, make(strict.Base64, 32)}); err != nil {
 		t.Fatal(err)
+	}
+	was := r.List("L1").Read
+	if err := r.Refresh(ctx, m); overdueFor("", time.Time{}, err).Why != Rollback || r.List("L1").Read != was {
+		t.Errorf("the same list, after another process saw a later one: %v, read %v, then %v", err, was,
+			r.List("L1").Read)
 	}
 	revoke(2)
 	if err := r.Refresh(ctx, m); overdueFor("", time.Time{}, err).Why != Rollback {

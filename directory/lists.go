@@ -272,16 +272,16 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 				askWhy, was.Version)
 		}
 	}
-	if !next.noted && r.o.Memory != nil {
+	if r.o.Memory != nil { // also for the list as it was: another process may have noted a later one since
 		err := r.remember(ctx, m.Lot, path, mark)
 		if errors.As(err, new(*RefusedError)) || err != nil && last.list == nil {
 			return next, err
 		}
-		if err == nil {
+		if err == nil && !next.noted {
 			err = r.o.Memory.Keep(m.Lot, jws)
+			next.noted = err == nil
 		}
-		// A later list is used even if the Memory cannot be written.
-		if next.noted = err == nil; err != nil {
+		if !next.noted { // a later list is used even if the Memory cannot be written
 			next.err = fmt.Errorf("the list was accepted, and would be forgotten at a restart: %w", err)
 		}
 	}
