@@ -15,6 +15,7 @@ import (
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/api/kme/v1/kmev1connect"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A ticketStore gives tickets. Whoever asks it for anything else panics.
@@ -31,6 +32,7 @@ func (s *ticketStore) Soon() (done func()) {
 // What one call panics of is that call's end alone, however it came: it is answered, logged and counted, and nothing is
 // taken up for ever.
 func TestPanic(t *testing.T) {
+	stacks := testproc.Logged(t)
 	var log strings.Builder
 	registry := prometheus.NewRegistry()
 	metrics := binding.NewMetrics(registry)
@@ -59,8 +61,10 @@ func TestPanic(t *testing.T) {
 				t.Errorf("%v panics are counted, want %v", f.Metric[0].Counter.GetValue(), want)
 			}
 		}
-		if got := log.String(); strings.Count(got, `"stack"`) != int(want) {
-			t.Errorf("want %v panics in the log: %s", want, got)
+		for _, got := range []string{log.String(), stacks.String()} {
+			if strings.Count(got, `"cause":`) != int(want) {
+				t.Errorf("want %v panics in the log: %s", want, got)
+			}
 		}
 	}
 
@@ -87,8 +91,8 @@ func TestPanic(t *testing.T) {
 		t.Errorf("%d tickets of the store are out for ever", n)
 	}
 	for _, want := range []string{"nil pointer", "vectors.go", `"call":"PrepareVector"`} {
-		if !strings.Contains(log.String(), want) {
-			t.Errorf("the log does not say %q: %s", want, log.String())
+		if text := log.String() + stacks.String(); !strings.Contains(text, want) {
+			t.Errorf("the log does not say %q: %s", want, text)
 		}
 	}
 	if status, body := read(t)(s.Client().Get(s.URL + "/readyz")); status != http.StatusServiceUnavailable ||

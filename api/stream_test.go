@@ -241,7 +241,7 @@ func TestStream(t *testing.T) {
 	if panics, calls := s.total(t, "kme_panics_total"), s.total(t, "kme_call_seconds"); panics != 1 || calls != 10 {
 		t.Errorf("%v panics and %v calls are counted", panics, calls)
 	}
-	if log := s.log.String(); strings.Count(log, `"stack"`) != 1 || strings.Count(log, "CALLER_NOT_ALLOWED") != 2 ||
+	if log := s.log.String(); strings.Count(log, "panic: ") != 1 || strings.Count(log, "CALLER_NOT_ALLOWED") != 2 ||
 		strings.Count(log, `"call":"Stream"`) != 1 {
 		t.Errorf("the log: %s", log)
 	}

@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -19,7 +20,6 @@ type Metrics struct {
 	inFlight prometheus.Gauge
 	attaches prometheus.Counter
 	accepted prometheus.Counter
-	panics   prometheus.Counter
 
 	equipment       *prometheus.CounterVec
 	unauthenticated *prometheus.CounterVec
@@ -51,9 +51,6 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			Help: "Authentications that succeeded, of devices that may be served: ReportAuthentication answered so."}),
 		accepted: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_established_total",
 			Help: "KMEs that were accepted; a call that was made again is not counted again."}),
-		panics: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
-		}),
 		equipment: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_equipment_checks_total",
 			Help: "Devices that CheckEquipment was asked about, by status and reason."}, []string{"status", "reason"}),
 		unauthenticated: prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -63,7 +60,11 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 				"none such; token, N5g-eir had no access token that is good.",
 		}, []string{"why"}),
 	}
-	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.attaches, m.accepted, m.panics,
+	before := panics.Count()
+	broken := prometheus.NewCounterFunc(prometheus.CounterOpts{
+		Name: "kme_panics_total", Help: "Panics, each of which has ended a call or some work.",
+	}, func() float64 { return float64(panics.Count() - before) })
+	r.MustRegister(m.calls, m.refusals, m.rejected, m.hsm, m.queue, m.inFlight, m.attaches, m.accepted, broken,
 		m.equipment, m.unauthenticated)
 	// All counters exist from the start, so that the first event is an increase.
 	for _, why := range []string{"certificate", "handshake", "client", "user", "token"} {

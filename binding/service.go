@@ -17,7 +17,6 @@ import (
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cache"
-	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -130,13 +129,7 @@ func (s *Service) enter(ctx context.Context) (leave func(), err error) {
 // CheckDirectories says which manufacturers' directories cannot be read now. Devices whose keys are cached are served
 // all the same.
 func (s *Service) CheckDirectories(ctx context.Context) map[string]error {
-	failed := s.lots.CheckDirectories(ctx)
-	for _, err := range failed {
-		if panics.Of(err) != nil {
-			s.Broken(ctx, err)
-		}
-	}
-	return failed
+	return s.lots.CheckDirectories(ctx)
 }
 
 // Overdue gives the lists of revoked devices that could not be read again when it was time, by manufacturer.
@@ -153,14 +146,9 @@ func (s *Service) Refused(ctx context.Context, r *Refusal, attrs ...any) {
 	s.log.WarnContext(ctx, "refused", append([]any{"reason", r.Reason, "message", r.Message}, attrs...)...)
 }
 
-// Broken logs an error that is no refusal: a fault of the service itself. A panic is counted.
+// Broken logs an error that is no refusal: a fault of the service itself.
 func (s *Service) Broken(ctx context.Context, err error, attrs ...any) {
-	attrs = append(attrs, "cause", err.Error())
-	if p := panics.Of(err); p != nil {
-		s.metrics.panics.Inc()
-		attrs = append(attrs, "stack", string(p.Stack))
-	}
-	s.log.ErrorContext(ctx, "internal error", attrs...)
+	s.log.ErrorContext(ctx, "internal error", append(attrs, "cause", err.Error())...)
 }
 
 // failed logs a refusal, with the cause that the caller does not get. The call is a method of kme.v1.KeyService.

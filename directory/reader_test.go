@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -230,6 +231,23 @@ func TestReaderPanics(t *testing.T) {
 	if _, err := r.Device(t.Context(), m, m.IMEI(0)); err != nil {
 		t.Errorf("after it: %v", err)
 	}
+}
+
+// A panic of a read that nobody waits for any more is not lost.
+func TestReaderPanicsLate(t *testing.T) {
+	log, s := testproc.Logged(t), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	store.hold = make(chan struct{})
+	store.panics.Store(true)
+	ctx, leave := context.WithCancel(t.Context())
+	time.AfterFunc(tick, leave)
+	r, before := NewReader(store, NewVerifier(s.Public()), ReaderOptions{}), panics.Count()
+	if _, err := r.Device(ctx, m, m.IMEI(0)); !errors.Is(err, context.Canceled) || panics.Count() != before {
+		t.Error(err)
+	}
+	close(store.hold)
+	testproc.Await(t, "it is counted", func() bool { return panics.Count() > before })
+	testproc.Await(t, "it is logged", func() bool { return strings.Contains(log.String(), `"cause":"a store's"`) })
 }
 
 func BenchmarkCachedDevice(b *testing.B) {

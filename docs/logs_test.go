@@ -31,11 +31,11 @@ func TestLogFields(t *testing.T) {
 	}
 	programs := []map[string]*message{
 		logged(t, []string{"api", "binding", "hsmkeys", "vaultstore", "internal/keysvcd", "internal/n5geir",
-			"internal/webhook"}, map[string]wrapper{"Refused": {"refused", 2}, "failed": {"refused", 4},
-			"Broken": {"internal error", 2}, "Unauthenticated": {"client authentication failed", 2},
-			"stranger": {"client authentication failed", 2}}),
-		logged(t, []string{"cmd/factory", "factory/station"},
-			map[string]wrapper{"refused": {"refused", 1}, "refuse": {"refused", 5}}),
+			"internal/panics", "internal/webhook"}, map[string]wrapper{"Refused": {"refused", 2},
+			"failed": {"refused", 4}, "Broken": {"internal error", 2}, "Recovered": {"panic", 1},
+			"Unauthenticated": {"client authentication failed", 2}, "stranger": {"client authentication failed", 2}}),
+		logged(t, []string{"cmd/factory", "factory/station", "hsmkeys", "internal/panics"}, map[string]wrapper{
+			"refused": {"refused", 1}, "refuse": {"refused", 5}, "Recovered": {"panic", 1}}),
 	}
 	every := map[string]bool{"time": true, "level": true, "msg": true, "actor": true}
 	for _, name := range fields[binding.Actor]() {

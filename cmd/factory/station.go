@@ -92,6 +92,7 @@ func stationServe(c *cli.Context) error {
 		return err
 	}
 	log := terminal.NewLog(c.App.ErrWriter, slog.HandlerOptions{})
+	slog.SetDefault(log) // for panics
 	log.Info("starting", "version", version.Text(), "directory", c.String("directory"), "state", c.String("state"),
 		"stations", c.StringSlice("station"), "address", c.String("listen"))
 	listener, err := config.Listen(c.String("listen"))

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -16,15 +14,12 @@ import (
 	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
-// noPanic runs f. A panic in it becomes its error, a *panics.Error. It is counted, and logged here, because nobody may
-// be left to get the error.
+// noPanic runs f. A panic in it becomes its error, a *panics.Error, and is counted for the token, too.
 func noPanic[T any](t *Token, f func() (T, error)) (v T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			t.health.panics.Add(1)
-			stack := debug.Stack()
-			slog.Error("panic", "token", t.String(), "cause", fmt.Sprint(p), "stack", string(stack))
-			err = &panics.Error{Value: p, Stack: stack}
+			err = panics.Recovered(p, "token", t.String())
 			t.tell()
 		}
 	}()

@@ -7,17 +7,14 @@ import (
 	"sync/atomic"
 	"testing"
 
-	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // A panic of background work is logged, and the work begins again.
 func TestBesidePanics(t *testing.T) {
-	log := new(testproc.Log)
-	d := &daemon{service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
-		Log: slog.New(slog.NewJSONHandler(log, nil))})}
+	log := testproc.Logged(t)
 	var begun atomic.Int64
-	stop := d.beside(t.Context(), func(ctx context.Context) {
+	stop := beside(t.Context(), func(ctx context.Context) {
 		if begun.Add(1) < 3 {
 			panic("in the background")
 		}
@@ -25,7 +22,45 @@ func TestBesidePanics(t *testing.T) {
 	})
 	testproc.Await(t, "it begins again", func() bool { return begun.Load() == 3 })
 	stop()
-	if n := strings.Count(log.String(), `"cause":"panic: in the background"`); n != 2 {
+	if n := strings.Count(log.String(), `"cause":"in the background"`); n != 2 {
 		t.Errorf("%d panics in the log: %s", n, log)
+	}
+}
+
+// A panicky log panics over its first line that has some text.
+type panicky struct {
+	slog.Handler
+	over     string
+	panicked atomic.Bool
+}
+
+func (p *panicky) Handle(ctx context.Context, r slog.Record) error {
+	if strings.Contains(r.Message, p.over) && p.panicked.CompareAndSwap(false, true) {
+		panic("in the log")
+	}
+	return p.Handler.Handle(ctx, r)
+}
+
+// A panic of the registration at the NRF does not end the service, and the registration begins again.
+func TestRegistrationPanics(t *testing.T) {
+	testproc.Logged(t)
+	s, log := newSite(t, nil), new(testproc.Log)
+	cfg := *s.started
+	cfg.EIR.NRF, cfg.EIR.Advertise = "https://127.0.0.1:1", "127.0.0.1:1"
+	s.started = &cfg
+	p := &panicky{Handler: slog.NewJSONHandler(log, nil), over: "the NRF has not answered"}
+	s.live.log = slog.New(p)
+	ctx, end := context.WithCancel(t.Context())
+	d, ended := &daemon{live: s.live, leaving: &leaving{told: ctx}}, make(chan error, 1)
+	go func() { ended <- d.run(ctx, nil) }()
+	testproc.Await(t, "the NRF is asked again", func() bool { return strings.Contains(log.String(), p.over) })
+	select {
+	case err := <-ended:
+		t.Fatalf("the service has ended: %v", err)
+	default:
+	}
+	end()
+	if err := <-ended; err != nil || !p.panicked.Load() {
+		t.Errorf("panicked: %v; %v", p.panicked.Load(), err)
 	}
 }

@@ -2,7 +2,6 @@ package keysvcd
 
 import (
 	"cmp"
-	"context"
 	"crypto/tls"
 	"fmt"
 	"net/http"
@@ -43,21 +42,19 @@ func (d *daemon) eirServer() *http.Server {
 	return s
 }
 
-// keepRegistered keeps us registered at the NRF until ctx ends.
-func (d *daemon) keepRegistered(ctx context.Context) error {
+// registration is ours at the NRF.
+func (d *daemon) registration() (*n5geir.Registration, error) {
 	cfg := d.started
 	c, err := config.ClientTLS(cfg.TLS.Certificate, cfg.TLS.Key, cmp.Or(cfg.EIR.NRFCA, cfg.TLS.ClientCA))
 	if err != nil {
-		return fmt.Errorf("eir: nrf: %w", err)
+		return nil, fmt.Errorf("eir: nrf: %w", err)
 	}
 	c.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { // the one of the last reload
 		return &d.Load().tls.Certificates[0], nil
 	}
 	protocols := new(http.Protocols)
 	protocols.SetHTTP2(true)
-	r := n5geir.Registration{URL: cfg.EIR.NRF, Instance: cfg.EIR.Instance, Address: cfg.EIR.Advertise,
+	return &n5geir.Registration{URL: cfg.EIR.NRF, Instance: cfg.EIR.Instance, Address: cfg.EIR.Advertise,
 		Tokens: cfg.EIR.TokenKey != "", Log: d.log,
-		Client: &http.Client{Transport: &http.Transport{TLSClientConfig: c, Protocols: protocols}}}
-	r.Run(ctx)
-	return nil
+		Client: &http.Client{Transport: &http.Transport{TLSClientConfig: c, Protocols: protocols}}}, nil
 }

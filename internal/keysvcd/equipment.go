@@ -85,14 +85,14 @@ func newWebhook(
 }
 
 // run writes and sends until stop is called, which is after the last call has ended.
-func (h equipmentHistory) run(ctx context.Context, d *daemon) (stop func()) {
+func (h equipmentHistory) run(ctx context.Context) (stop func()) {
 	if h.History == nil {
 		return func() {}
 	}
 	ctx = context.WithoutCancel(ctx)
-	stopHistory, stopWebhook := d.beside(ctx, h.Run), func() {}
+	stopHistory, stopWebhook := beside(ctx, h.Run), func() {}
 	if h.webhook != nil {
-		stopWebhook = d.beside(ctx, h.webhook.Run)
+		stopWebhook = beside(ctx, h.webhook.Run)
 	}
 	return func() { stopHistory(); stopWebhook() } // the last moves are sent
 }
@@ -104,5 +104,5 @@ const listsEvery = 5 * time.Second
 // CheckEquipment is refused, and everything else is served.
 func (d *daemon) followListings(ctx context.Context) (stop func()) {
 	d.service.LoadListings(ctx) // a failure is logged there
-	return d.beside(ctx, func(ctx context.Context) { d.service.FollowListings(ctx, listsEvery) })
+	return beside(ctx, func(ctx context.Context) { d.service.FollowListings(ctx, listsEvery) })
 }

@@ -145,9 +145,13 @@ func (d *daemon) newServer(handler http.Handler) *http.Server {
 func (d *daemon) run(ctx context.Context, listeners []served) error {
 	g, gctx := errgroup.WithContext(ctx)
 	if d.started.EIR.NRF != "" {
+		r, err := d.registration()
+		if err != nil {
+			return err
+		}
 		registered, deregister := context.WithCancel(gctx)
 		defer context.AfterFunc(d.leaving.told, deregister)()
-		g.Go(func() error { return d.safely(ctx, func() error { return d.keepRegistered(registered) }) })
+		defer beside(registered, r.Run)()
 	}
 	for _, l := range listeners {
 		g.Go(func() error {
@@ -193,7 +197,7 @@ func (d *daemon) keepCurrent(ctx context.Context) {
 	minute := time.NewTicker(time.Minute)
 	defer minute.Stop()
 	reload := func() {
-		if err := d.safely(ctx, func() error { return d.reload(ctx, d.from) }); err != nil {
+		if err := safely(func() error { return d.reload(ctx, d.from) }); err != nil {
 			d.log.Error("reload failed; what was served before goes on", "cause", err.Error())
 		} else {
 			d.log.Info("reloaded")
@@ -206,7 +210,7 @@ func (d *daemon) keepCurrent(ctx context.Context) {
 		case <-d.accepted:
 			reload()
 		case <-minute.C:
-			err := d.safely(ctx, func() error { return d.store.DropExpired(ctx, time.Now()) })
+			err := safely(func() error { return d.store.DropExpired(ctx, time.Now()) })
 			if err != nil && ctx.Err() == nil {
 				d.log.Warn("expired attempts were not removed", "cause", err.Error())
 			}

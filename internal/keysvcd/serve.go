@@ -180,8 +180,8 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 	defer d.keepRefusals(ctx, refused)()
 	defer d.rememberLotKeys(ctx)()
 	defer d.followListings(ctx)()
-	defer history.run(ctx, d)()
-	defer d.beside(ctx, func(ctx context.Context) {
+	defer history.run(ctx)()
+	defer beside(ctx, func(ctx context.Context) {
 		for {
 			select {
 			case <-ctx.Done():
@@ -191,7 +191,7 @@ func Serve(ctx context.Context, from settings.Source, w io.Writer) error {
 			}
 		}
 	})()
-	defer d.beside(ctx, func(ctx context.Context) { bound.keep(ctx, store, log) })()
+	defer beside(ctx, func(ctx context.Context) { bound.keep(ctx, store, log) })()
 	log.Info("serving", "token", tokens.String(), "ranges", d.Load().lots.Len(), "addresses", addresses)
 	return d.run(ctx, listeners)
 }
@@ -217,7 +217,7 @@ func begin(from settings.Source, w io.Writer) (*settings.Config, *slog.Logger, e
 	for _, p := range report.Problems() { // warnings
 		log.Warn("the configuration needs attention", "setting", p.Setting, "warning", p.What, "remedy", p.Remedy)
 	}
-	slog.SetDefault(log) // for other packages: hsmkeys logs panics on its goroutines
+	slog.SetDefault(log) // for panics, wherever they are recovered
 	return cfg, log, nil
 }
 
@@ -328,7 +328,7 @@ func standing(since time.Time) string {
 
 // keepMark keeps the tokens' high-water mark up to date. stop is called after the last call.
 func (d *daemon) keepMark(ctx context.Context) (stop func()) {
-	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
+	return beside(context.WithoutCancel(ctx), func(ctx context.Context) {
 		mark.Keep(ctx, d.store, d.tokens, func() {
 			select {
 			case d.accepted <- struct{}{}:
@@ -343,19 +343,19 @@ func (d *daemon) keepAuditLog(ctx context.Context, dir string) (stop func()) {
 	if dir == "" {
 		return func() {}
 	}
-	return d.beside(context.WithoutCancel(ctx), func(ctx context.Context) {
+	return beside(context.WithoutCancel(ctx), func(ctx context.Context) {
 		mark.KeepAuditLog(ctx, d.store, dir, &d.unaudited, d.log)
 	})
 }
 
 // beside does background work, which ends only with its context, until ctx ends or stop is called. A panic ends it,
 // too: then it begins again. stop waits until it has ended.
-func (d *daemon) beside(ctx context.Context, work func(context.Context)) (stop func()) {
+func beside(ctx context.Context, work func(context.Context)) (stop func()) {
 	working, cancel := context.WithCancel(ctx)
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		for d.safely(ctx, func() error { work(working); return nil }) != nil {
+		for safely(func() error { work(working); return nil }) != nil {
 			select {
 			case <-working.Done():
 				return
@@ -372,7 +372,7 @@ func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
 	var all sync.WaitGroup
 	for _, token := range d.tokens.Tokens() {
 		all.Go(func() {
-			err := d.safely(ctx, func() error {
+			err := safely(func() error {
 				n, err := token.RememberLotKeys(looking)
 				d.log.Debug("the token's lot keys are known", "token", token.String(), "keys", n)
 				return err
@@ -386,12 +386,7 @@ func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
 }
 
 // safely does background work. A panic becomes its error, and the service goes on.
-func (d *daemon) safely(ctx context.Context, work func() error) (err error) {
-	defer func() {
-		if panics.Of(err) != nil {
-			d.service.Broken(ctx, err)
-		}
-	}()
+func safely(work func() error) (err error) {
 	defer panics.Recover(&err)
 	return work()
 }

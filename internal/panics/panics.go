@@ -1,17 +1,17 @@
-// Package panics turns panics into errors on goroutines where a panic would end the process.
+// Package panics turns panics into errors on goroutines where a panic would end the process. Each is logged with its
+// stack, and counted, where it is recovered: nobody may be left to get the error.
 package panics
 
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"runtime/debug"
+	"sync/atomic"
 )
 
 // An Error is a panic that was recovered.
-type Error struct {
-	Value any
-	Stack []byte // of the goroutine that panicked; for a log
-}
+type Error struct{ Value any }
 
 func (e *Error) Error() string { return fmt.Sprintf("panic: %v", e.Value) }
 
@@ -21,11 +21,26 @@ func Of(err error) *Error {
 	return p
 }
 
-// Recover makes a panic the error of the function that defers it:
+var count atomic.Int64
+
+// Count is how many panics this process has recovered.
+func Count() int64 { return count.Load() }
+
+// Recover makes a panic the error of the function that defers it, if that has one; else it is nil:
 //
 //	defer panics.Recover(&err)
 func Recover(err *error) {
 	if p := recover(); p != nil {
-		*err = &Error{Value: p, Stack: debug.Stack()}
+		if broken := Recovered(p); err != nil {
+			*err = broken
+		}
 	}
+}
+
+// Recovered is the error of a panic that a deferred function has recovered; attrs are for the log.
+func Recovered(p any, attrs ...any) *Error {
+	count.Add(1)
+	attrs = append(attrs, "cause", fmt.Sprint(p), "stack", string(debug.Stack()))
+	slog.Error("panic", attrs...)
+	return &Error{Value: p}
 }

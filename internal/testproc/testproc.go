@@ -2,6 +2,8 @@ package testproc
 
 import (
 	"bytes"
+	"log"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -148,6 +150,18 @@ func (l *Log) String() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.b.String()
+}
+
+// Logged has what this process logs by slog's default, for the rest of the test.
+func Logged(t testing.TB) *Log {
+	text, before, out, flags := new(Log), slog.Default(), log.Writer(), log.Flags()
+	slog.SetDefault(slog.New(slog.NewJSONHandler(text, nil)))
+	t.Cleanup(func() {
+		slog.SetDefault(before)
+		log.SetOutput(out) // slog has set it to the test's
+		log.SetFlags(flags)
+	})
+	return text
 }
 
 // Await waits until ok, which must stay so, for as long as a busy machine may need.
