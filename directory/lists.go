@@ -108,6 +108,7 @@ func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
 		all.SetLimit(8)
 		for _, m := range lots {
 			all.Go(func() error {
+				defer panics.Recover(nil) // of who is told
 				if ctx.Err() == nil {
 					r.Refresh(ctx, m) // Overdue gets a failure
 				}

@@ -3,6 +3,7 @@ package directory
 import (
 	"context"
 	"errors"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -112,6 +113,18 @@ func TestRevocationsSameVersion(t *testing.T) {
 	if len(r.Overdue()) != 1 {
 		t.Error("it was believed")
 	}
+}
+
+// A panic of who is told of overdue lists ends neither the process nor the reading.
+func TestOverduePanics(t *testing.T) {
+	testproc.Logged(t)
+	s := newSigner(t)
+	store, m := newLot(t, s, "L1")
+	store.down.Store(true)
+	var told atomic.Int64
+	before := panics.Count()
+	following(t, store, s, ReaderOptions{Overdue: func(Overdue) { told.Add(1); panic("who is told") }}, m)
+	testproc.Await(t, "it goes on", func() bool { return told.Load() > 1 && panics.Count() > before+1 })
 }
 
 // A panicking Memory is a Memory of a store that panics.

@@ -4,6 +4,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // Health is how a token is doing.
@@ -40,11 +42,13 @@ func (t *Token) Health() Health {
 		Reinitialised: t.health.reinitialised.Load(), Panics: t.health.panics.Load()}
 }
 
-// tell reports changes one after the other, so the last report is the present state.
+// tell reports changes one after the other, so the last report is the present state. A panic of who is told ends
+// nothing else.
 func (t *Token) tell() {
 	if t.health.changed == nil {
 		return
 	}
+	defer panics.Recover(nil)
 	t.health.telling.Lock()
 	defer t.health.telling.Unlock()
 	was := t.health.told

@@ -6,8 +6,18 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
+
+// A panic of what looks at idle sessions ends that look alone.
+func TestLookPanics(t *testing.T) {
+	testproc.Logged(t)
+	tok, before := &Token{idle: newIdle(1)}, panics.Count()
+	tok.idle.open = []*Session{nil}
+	tok.lookAt(time.Now())
+	testproc.Await(t, "it is counted", func() bool { return panics.Count() > before })
+}
 
 // A session that holds what is due while all places are taken is looked at again: whoever took a place may give it back
 // without having taken a session.

@@ -6,6 +6,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // LeftFor is how long a session object stays in the token at most when it is not needed any more, a KME for example.
@@ -62,6 +64,7 @@ func (t *Token) lookAt(at time.Time) {
 	}
 	t.left.at = at
 	t.left.look = time.AfterFunc(time.Until(at), func() {
+		defer panics.Recover(nil)
 		t.left.mu.Lock()
 		t.left.look = nil
 		t.left.mu.Unlock()

@@ -13,6 +13,7 @@ import (
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -64,7 +65,15 @@ type invalidParam struct {
 	Reason string `json:"reason,omitempty"`
 }
 
+// answer answers a request even if that panics: net/http would end the connection.
 func (o Options) answer(r *http.Request) (status string, p *problem) {
+	var broken error
+	defer func() {
+		if broken != nil {
+			status, p = "", refused(broken)
+		}
+	}()
+	defer panics.Recover(&broken)
 	switch {
 	case r.URL.Path != path:
 		return "", &problem{Status: http.StatusNotFound, Cause: "RESOURCE_URI_STRUCTURE_NOT_FOUND"}

@@ -9,6 +9,8 @@ import (
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/binding"
+	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -134,6 +136,22 @@ func TestAnswers(t *testing.T) {
 			a.Header().Get("Allow") != "GET" {
 			t.Errorf("%s: %d %s", method, a.Code, a.Body)
 		}
+	}
+}
+
+// A panic is answered, and counted: net/http would end the connection.
+func TestPanic(t *testing.T) {
+	log, before := testproc.Logged(t), panics.Count()
+	check := func(*http.Request, *kmev1.CheckEquipmentRequest) (*kmev1.CheckEquipmentResponse, error) {
+		panic("in a check")
+	}
+	a := asked(t, Options{Check: check}, "GET", path+"?"+pei)
+	if a.Code != http.StatusInternalServerError || !strings.Contains(a.Body.String(), "UNSPECIFIED_NF_FAILURE") ||
+		strings.Contains(a.Body.String(), "in a check") {
+		t.Errorf("%d %s", a.Code, a.Body)
+	}
+	if n := panics.Count() - before; n != 1 || !strings.Contains(log.String(), "in a check") {
+		t.Errorf("%d panics are counted; the log: %s", n, log)
 	}
 }
 
