@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/kmehsm/kmehsm/internal/cache"
+	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -163,6 +164,11 @@ func (h *History) Run(ctx context.Context) {
 	}
 }
 
+func (h *History) see(ctx context.Context, all []Sighting) (moves []Move, err error) {
+	defer panics.Recover(&err)
+	return h.o.Store.See(ctx, all)
+}
+
 // write writes a sighting, and all that wait.
 func (h *History) write(ctx context.Context, first Sighting) {
 	all := []Sighting{first}
@@ -171,7 +177,7 @@ func (h *History) write(ctx context.Context, first Sighting) {
 	}
 	short, cancel := context.WithTimeout(ctx, 10*time.Second)
 	defer cancel()
-	moves, err := h.o.Store.See(short, all)
+	moves, err := h.see(short, all)
 	if err != nil {
 		h.dropped.Add(float64(len(all)))
 		for _, s := range all { // they will be written the next time

@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // Options are a Sender's.
@@ -168,7 +170,8 @@ func (s *Sender) deliver(ctx context.Context, e event) {
 	}
 }
 
-func (s *Sender) try(ctx context.Context, e event) error {
+func (s *Sender) try(ctx context.Context, e event) (err error) {
+	defer panics.Recover(&err)
 	body, err := json.Marshal(e)
 	if err != nil {
 		return err

@@ -139,6 +139,26 @@ func TestSecretChanges(t *testing.T) {
 	}
 }
 
+// An event whose sending panics is sent again.
+func TestPanic(t *testing.T) {
+	testproc.Logged(t)
+	var asked atomic.Int64
+	got := make(chan struct{}, 1)
+	s, _ := newSender(t, func(http.ResponseWriter, *http.Request) { got <- struct{}{} }, func(o *Options) {
+		o.Secret = func() ([]byte, error) {
+			if asked.Add(1) == 1 {
+				panic("in the secret")
+			}
+			return secret, nil
+		}
+	})
+	s.Send("test.kind", "subject", nil)
+	<-got
+	if s.count("retried") != 1 {
+		t.Errorf("retried %d", s.count("retried"))
+	}
+}
+
 // The example of the Standard Webhooks specification.
 func TestSignature(t *testing.T) {
 	secret, err := ParseSecret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
