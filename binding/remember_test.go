@@ -40,7 +40,13 @@ func TestWhichRefusalsAreRemembered(t *testing.T) {
 		t.Errorf("%+v", p)
 	}
 	s.Refused(ctx, refuse(kme.CallerNotAllowed, "no", nil), "path", "/metrics") // of no subscription
-	if saved, err := r.Save(); err != nil || strings.Count(string(saved), `"imsi"`) != 1 {
-		t.Errorf("these are remembered: %s, %v", saved, err)
+	err := r.Save(func(saved []byte) error {
+		if strings.Count(string(saved), `"imsi"`) != 1 {
+			t.Errorf("these are remembered: %s", saved)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
 	}
 }

@@ -29,7 +29,7 @@ type Past struct {
 type Memory struct {
 	mu          sync.Mutex
 	last, older map[kme.IMSI]Past // guarded by mu
-	changed     bool              // guarded by mu: since the last Save
+	puts, saved int               // guarded by mu: how many there were, and had been at the last Save
 }
 
 // maxRefusals bounds the memory: last and older have so many each.
@@ -42,7 +42,8 @@ func (r *Memory) Put(p Past) {
 	if _, known := r.last[p.IMSI]; r.last == nil || !known && len(r.last) >= maxRefusals {
 		r.older, r.last = r.last, map[kme.IMSI]Past{}
 	}
-	r.last[p.IMSI], r.changed = p, true
+	r.last[p.IMSI] = p
+	r.puts++
 }
 
 // Of is the last refusal of a subscription; nil if none is known.
@@ -57,19 +58,31 @@ func (r *Memory) Of(imsi kme.IMSI) *Past {
 	return nil
 }
 
-// Save gives what is remembered, for Load; nil if that has not changed since the last Save.
-func (r *Memory) Save() ([]byte, error) {
+// Save writes what is remembered, for Load, unless that has not changed since the last Save that succeeded. It is for
+// one goroutine at a time.
+func (r *Memory) Save(write func([]byte) error) error {
 	r.mu.Lock()
-	if !r.changed {
+	puts := r.puts
+	if puts == r.saved {
 		r.mu.Unlock()
-		return nil, nil
+		return nil
 	}
-	r.changed = false
 	all := map[kme.IMSI]Past{}
 	maps.Copy(all, r.older)
 	maps.Copy(all, r.last)
 	r.mu.Unlock()
-	return json.Marshal(slices.SortedFunc(maps.Values(all), func(a, b Past) int { return a.Time.Compare(b.Time) }))
+	text, err := json.Marshal(slices.SortedFunc(maps.Values(all),
+		func(a, b Past) int { return a.Time.Compare(b.Time) }))
+	if err == nil {
+		err = write(text)
+	}
+	if err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.saved = puts
+	return nil
 }
 
 // Load remembers what was saved.

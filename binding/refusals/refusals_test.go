@@ -1,6 +1,8 @@
 package refusals
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -42,8 +44,13 @@ func TestRefusalsSaved(t *testing.T) {
 	r.Put(Past{IMSI: imsi(t, 1), Reason: kme.NoAttempt, Time: now})
 	r.older, r.last = r.last, nil
 	r.Put(Past{IMSI: imsi(t, 1), Reason: kme.KMERejected, Time: now.Add(time.Second), Cause: "signature"})
-	saved, err := r.Save()
-	if err != nil {
+	away := errors.New("the disk is full")
+	if err := r.Save(func([]byte) error { return away }); !errors.Is(err, away) {
+		t.Error(err)
+	}
+	var saved []byte
+	save := func(text []byte) error { saved = text; return nil }
+	if err := r.Save(save); err != nil || saved == nil { // what was not written is tried again
 		t.Fatal(err)
 	}
 	again := new(Memory)
@@ -53,8 +60,14 @@ func TestRefusalsSaved(t *testing.T) {
 	if p := again.Of(imsi(t, 1)); p == nil || p.Reason != kme.KMERejected || p.Cause != "signature" {
 		t.Errorf("%+v", p)
 	}
-	if saved, err := r.Save(); saved != nil || err != nil {
+	if err := r.Save(func([]byte) error { return away }); err != nil {
 		t.Error("what has not changed is saved again", err)
+	}
+	r.Put(Past{IMSI: imsi(t, 2), Time: now})
+	must.Do(t, r.Save(func([]byte) error { r.Put(Past{IMSI: imsi(t, 3), Time: now}); return nil }))
+	must.Do(t, r.Save(save)) // the one that came while it was saved
+	if n := bytes.Count(saved, []byte(`"imsi"`)); n != 3 {
+		t.Errorf("%d are saved", n)
 	}
 	if again.Load(saved[:len(saved)/2]) == nil {
 		t.Error("half of it is taken")
