@@ -22,8 +22,8 @@ has() {
 
 bound() { operator keysvc binding list --json | jq -e ".bindings | length == $1" >/dev/null; }
 
-ready() {
-	operator curl --fail -sS --retry "$1" --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
+ready() { # within a minute
+	operator curl --fail -sS --retry 60 --retry-all-errors --retry-delay 1 --unix-socket /run/kmehsm/keysvc.sock \
 		http://keysvc/readyz
 }
 
@@ -86,7 +86,7 @@ inside() {
 	[ "$sum" = "$(cat /etc/kmehsm/*.yaml | sha256sum)" ] || die 'the upgrade changed a configuration'
 	has /etc/kmehsm/keysvc.yaml 640 root:kmehsm
 	systemctl is-active keysvc || die 'keysvc does not run after the upgrade'
-	ready 300
+	ready
 	tr '\0' '\n' </proc/"$(</run/systemctl/keysvc.pid)"/environ | grep -x LATER=1 ||
 		die 'keysvc runs with the earlier unit'
 	[ "$(schema)" = $((version + 1)) ] || die "the schema was $version, and is $(schema)"
@@ -94,7 +94,7 @@ inside() {
 	operator keysvc store verify
 	upgrade ../2/kmehsm-{factory,mesim,freediameter}_*.deb
 	upgrade ./kmehsm-keysvc_*.deb >/dev/null # the earlier one again
-	ready 300 | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
+	ready | grep 'a newer release has upgraded the store' # and it can work with what the later one has added
 	bound 3
 	systemctl stop keysvc
 	upgrade ../2/kmehsm-keysvc_*.deb >/dev/null
@@ -115,7 +115,7 @@ inside() {
 	mount -o remount,bind,ro /var/lib/kmehsm-factory
 	mount --bind /tmp/station /var/lib/kmehsm-factory/station
 	systemctl enable --now factory-station
-	for _ in {1..3000}; do
+	for _ in {1..600}; do
 		address=$(sed -nE 's/.*"address":"(https:[^"]*)".*/\1/p' /tmp/factory-station.log)
 		[ -z "$address" ] || break
 		sleep 0.1
@@ -129,7 +129,7 @@ inside() {
 
 	# Removed, installed again, purged, by dpkg.
 	systemctl start keysvc
-	ready 300
+	ready
 	dpkg -r kmehsm-keysvc kmehsm-factory kmehsm-mesim kmehsm-freediameter
 	! systemctl is-active keysvc || die 'keysvc runs after it was removed'
 	! [ -e /usr/bin/keysvc ] || die 'keysvc is left'
