@@ -137,12 +137,12 @@ test: check deps-test vaultdev ## what CI runs: check, and all other tests
 	@scripts/once.sh reproducible "$$(go version; gcc --version; $(PACKAGED))" \
 		scripts/step.sh 'the release, linked twice' scripts/reproducible.sh --warm
 	@if unshare --mount true 2>/dev/null; then \
-		scripts/once.sh packages "$$(go version; gcc --version; $(PACKAGED))" \
+		exec scripts/once.sh packages "$$(go version; gcc --version; $(PACKAGED))" \
 			scripts/step.sh 'the packages, installed, upgraded and removed' scripts/packages-test.sh; \
 	else \
 		echo 'the packages are not installed: it needs root, and the right to mount'; \
 	fi
-	@cd tools/sbom && GOWORK=off ../../scripts/step.sh 'the check of SBOMs' go test .
+	@cd tools/sbom && GOWORK=off exec ../../scripts/step.sh 'the check of SBOMs' go test .
 	$(MAKE) fuzz-plugin-seeds
 	@$(if $(NO_NETWORKS),echo 'NO NETWORK WAS CUT: only root can run the tests whose names end with CutOff' >&2)
 

@@ -3,7 +3,12 @@
 # Runs a command. It says on standard error what the command is for, and every ten seconds how long it has run and which
 # programs run now. With -q it shows the command's output only if the command fails. Until then it shows the last line
 # of the output, and with -n which of TOTAL lines that is. With -l it writes the output to a file, and does not show it.
+# A signal goes on to all that the command has started; this script ends with the command. The end of this script's
+# parent is a SIGTERM.
+# shellcheck disable=SC2317 # what a trap calls
 set -euo pipefail
+[ "${1:-}" = --bound ] || exec setpriv --pdeathsig TERM "$0" --bound "$@"
+shift
 log='' total='' show=true
 while getopts ql:n: option; do
 	case $option in
@@ -39,15 +44,43 @@ tick() {
 	done
 }
 
+# descendants PID: prints the process, and all below it
+descendants() {
+	local pid
+	echo "$1"
+	cat "/proc/$1/task/"*/children 2>/dev/null | tr ' ' '\n' | while read -r pid; do descendants "$pid"; done
+}
+
+# hand_on SIGNAL
+hand_on() { descendants "$running" | xargs kill "-$1" 2>/dev/null || true; }
+
+# run COMMAND...: runs it in the background, because a trap waits for what runs in the foreground; but in the process
+# group that has the terminal.
+run() {
+	local status=0
+	(trap - INT QUIT && exec "$@") <&0 {ticks}>&- &
+	running=$!
+	trap 'hand_on INT' INT
+	trap 'hand_on TERM' TERM
+	trap 'hand_on HUP' HUP
+	wait "$running" || status=$?
+	while kill -0 "$running" 2>/dev/null; do # a signal has ended wait
+		status=0
+		wait "$running" || status=$?
+	done
+	return $status
+}
+
 printf '%s\n' "$what" >&2
 exec {ticks}> >(tick)
+ticker=$!
 status=0
 if [ -z "$log" ]; then
-	"$@" {ticks}>&- || status=$?
+	run "$@" || status=$?
 else
-	"$@" >"$log" 2>&1 {ticks}>&- || status=$?
+	run "$@" >"$log" 2>&1 || status=$?
 	[ $status -eq 0 ] || ! $show || cat "$log" >&2
 fi
 exec {ticks}>&-
-wait $!
+wait $ticker
 exit $status
