@@ -71,7 +71,8 @@ func TestCompletionInShells(t *testing.T) {
 			defer master.Close()
 			program := exec.Command(path, shell.args...)
 			program.Dir = dir
-			program.Env = []string{"HOME=" + dir, "TERM=xterm", "PATH=" + programs.Dir(t) + ":" + os.Getenv("PATH")}
+			program.Env = []string{"HOME=" + dir, "TMPDIR=" + dir, "XDG_RUNTIME_DIR=" + dir, "TERM=xterm",
+				"PATH=" + programs.Dir(t) + ":" + os.Getenv("PATH")}
 			program.Stdin, program.Stdout, program.Stderr = slave, slave, slave
 			program.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 			err = program.Start()
