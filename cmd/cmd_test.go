@@ -70,6 +70,7 @@ func scripts(t *testing.T, dir string, more func(*testscript.Env)) {
 		Setup: func(env *testscript.Env) error {
 			tb := env.T().(testing.TB)
 			env.Values[testKey{}] = tb
+			testproc.ShowLogs(tb, filepath.Join(env.WorkDir, "*.log"))
 			dir := filepath.Join(env.WorkDir, "softhsm")
 			toks := softhsmtest.Make(tb, dir, "factory", "factory2", "operator", "operator2")
 			conf := strings.SplitN(softhsmtest.Env(dir), "=", 2)

@@ -1,16 +1,17 @@
 package cmd_test
 
 import (
-	"bytes"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	kmev1 "github.com/kmehsm/kmehsm/api/kme/v1"
 	"github.com/kmehsm/kmehsm/internal/programs"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // The commands of these pages run as they are printed, one after the other in one shell, and show what the page says.
@@ -104,7 +105,8 @@ func read(t testing.TB, page string) string {
 
 // runPage runs a page's commands in a folder of their own: the blocks whose first line begins with "$ ". Lines below a
 // command are what it shows: each is a line of the output, and "..." in it stands for what differs each time. tools are
-// folders of programs that the page has besides.
+// folders of programs that the page has besides. A command that does not end fails the test: an until-loop, which waits
+// for a server, within testproc.Patience; one that works, within eight times that.
 func runPage(t *testing.T, page string, tools ...string) (dir string) {
 	t.Helper()
 	root, err := filepath.Abs("..")
@@ -144,18 +146,34 @@ func runPage(t *testing.T, page string, tools ...string) (dir string) {
 	if err := os.Symlink(filepath.Join(root, "softhsm-setup.sh"), filepath.Join(dir, "softhsm-setup.sh")); err != nil {
 		t.Fatal(err)
 	}
-	const end = "trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" // a service, where a command fails before it ends it
-	shell := exec.CommandContext(t.Context(), "bash", "-eo", "pipefail", "-c", end+script.String())
-	shell.Dir = dir
-	path := append([]string{programs.Dir(t)}, append(tools, os.Getenv("PATH"))...)
-	shell.Env = append(os.Environ(), "PATH="+strings.Join(path, ":"))
-	var stderr bytes.Buffer
-	shell.Stderr = &stderr
-	out, err := shell.Output()
-	if err != nil {
-		t.Fatalf("%v\n%s%s", err, out, &stderr)
+	// mktemp's folders are in there: that of docs/backup-postgresql.md's server, which runs as another user.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		t.Fatal(err)
 	}
-	outputs := strings.Split(string(out), mark+"\n")
+	testproc.ShowLogs(t, filepath.Join(dir, "var/*.log"), filepath.Join(dir, "tmp.*/log"))
+	const end = "trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" // a service, where a command fails before it ends it
+	shell := exec.Command("bash", "-eo", "pipefail", "-c", end+script.String())
+	path := append([]string{programs.Dir(t)}, append(tools, os.Getenv("PATH"))...)
+	out := new(testproc.Log)
+	shell.Dir, shell.Env, shell.Stdout = dir, append(os.Environ(), "PATH="+strings.Join(path, ":"), "TMPDIR="+dir), out
+	running := testproc.Start(t, shell, nil)
+	commands := strings.Split(script.String(), "echo '"+mark+"'\n")
+	for done, since := 0, time.Now(); !running.Ended(); time.Sleep(10 * time.Millisecond) {
+		if n := strings.Count(out.String(), mark+"\n"); n > done {
+			done, since = n, time.Now()
+		}
+		limit := 8 * testproc.Patience
+		if strings.HasPrefix(commands[done], "until ") {
+			limit = testproc.Patience
+		}
+		if time.Since(since) > limit {
+			t.Fatalf("not within %s: %s\n%s", limit, commands[done], out)
+		}
+	}
+	if err := running.Wait(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	outputs := strings.Split(out.String(), mark+"\n")
 	if len(outputs) != len(shown) {
 		t.Fatalf("%d commands were run, of %d", len(outputs), len(shown))
 	}

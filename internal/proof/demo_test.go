@@ -11,6 +11,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/internal/programs"
 	"github.com/kmehsm/kmehsm/internal/softhsmtest"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // The demo needs no terminal, its whole output may go to a file, and it leaves in var/demo all that others go on from,
@@ -18,6 +19,7 @@ import (
 func TestDemo(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir() // a project folder of its own: the demo begins by removing var/demo
+	testproc.ShowLogs(t, filepath.Join(dir, "var/demo/*.log"))
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)

@@ -60,9 +60,7 @@ func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patie
 	name := filepath.Base(cmd.Args[0])
 	t.Cleanup(func() {
 		p.Kill()
-		if log := p.Log.String(); t.Failed() && log != "" {
-			t.Logf("the end of the log of %s:\n%s", name, log[max(0, len(log)-16000):])
-		}
+		showEnd(t, name, p.Log.String())
 	})
 	for deadline := time.Now().Add(patience); ready != nil; time.Sleep(10 * time.Millisecond) {
 		ended := p.Ended() // before ready is asked: a program may be ready, and end, in one moment
@@ -77,6 +75,24 @@ func startWithin(t testing.TB, cmd *exec.Cmd, ready func(p *Process) bool, patie
 		}
 	}
 	return p
+}
+
+// ShowLogs has a test that fails say the end of each file that a pattern matches then: the logs of servers that a
+// script starts. Call it between making their folder and starting the script.
+func ShowLogs(t testing.TB, patterns ...string) {
+	t.Cleanup(func() {
+		for _, pattern := range patterns {
+			for _, file := range must.Get[[]string](t)(filepath.Glob(pattern)) {
+				showEnd(t, file, string(must.Get[[]byte](t)(os.ReadFile(file))))
+			}
+		}
+	})
+}
+
+func showEnd(t testing.TB, name, log string) {
+	if t.Failed() && log != "" {
+		t.Logf("the end of the log of %s:\n%s", name, log[max(0, len(log)-16000):])
+	}
 }
 
 // start starts a command in the one thread that lives as long as the process: Linux sends Pdeathsig when the thread
