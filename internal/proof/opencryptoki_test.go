@@ -5,11 +5,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/programs"
@@ -19,31 +17,21 @@ import (
 // slotDaemon starts openCryptoki's daemon, unless one is running, and ends it with the test.
 func slotDaemon(t *testing.T) {
 	t.Helper()
-	const pidFile = "/var/run/pkcsslotd.pid"
-	pid := func() int {
-		data, _ := os.ReadFile(pidFile)
-		n, _ := strconv.Atoi(strings.TrimSpace(string(data)))
-		if n > 0 && syscall.Kill(n, 0) == nil {
-			return n
-		}
-		return 0
-	}
-	if pid() != 0 {
+	pid, _ := os.ReadFile("/var/run/pkcsslotd.pid") // it stays when the daemon has ended
+	name, _ := os.ReadFile("/proc/" + strings.TrimSpace(string(pid)) + "/comm")
+	if string(name) == "pkcsslotd\n" {
 		return
 	}
 	if err := os.MkdirAll("/var/lock/opencryptoki", 0o770); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.Command("pkcsslotd").CombinedOutput(); err != nil {
-		t.Fatalf("pkcsslotd: %v\n%s", err, out)
-	}
+	daemon := testproc.Start(t, exec.Command("pkcsslotd", "-f", "-l", "/dev/stderr"), nil)
+	t.Cleanup(func() { daemon.Stop(syscall.SIGTERM) }) // it removes its shared memory
 	testproc.Await(t, "pkcsslotd", func() bool {
-		return pid() != 0 && exec.Command("pkcsconf", "-c", "3", "-t").Run() == nil
-	})
-	t.Cleanup(func() {
-		syscall.Kill(pid(), syscall.SIGTERM)
-		testproc.Await(t, "the end of pkcsslotd", func() bool { return pid() == 0 })
-		time.Sleep(100 * time.Millisecond) // it leaves its file for a moment
+		if daemon.Ended() {
+			t.Fatal("pkcsslotd has ended: ", daemon.Wait())
+		}
+		return exec.Command("pkcsconf", "-c", "3", "-t").Run() == nil
 	})
 }
 
