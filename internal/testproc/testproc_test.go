@@ -2,17 +2,21 @@ package testproc
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/kmehsm/kmehsm/internal/must"
 )
@@ -189,6 +193,72 @@ func TestReadyAndEnded(t *testing.T) {
 		}
 		return true
 	})
+}
+
+// onThread runs f in a goroutine that ends with its thread, which is not the process's first: that one never ends.
+func onThread(f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread()
+		if unix.Gettid() == os.Getpid() {
+			onThread(f)
+		} else {
+			f()
+		}
+	}()
+	<-done
+}
+
+// A program lives on when the thread ends that has asked for it.
+func TestOutlivesThread(t *testing.T) {
+	cat, thread := exec.Command("cat"), 0
+	stdin := must.Get[io.WriteCloser](t)(cat.StdinPipe())
+	var p *Process
+	onThread(func() { p, thread = Start(t, cat, nil), unix.Gettid() })
+	Await(t, "the end of the thread", func() bool { return unix.Tgkill(os.Getpid(), thread, 0) == syscall.ESRCH })
+	stdin.Write([]byte("alive")) // Pdeathsig would come first
+	Await(t, "an answer or the end", func() bool { return p.Log.String() != "" || p.Ended() })
+	if p.Log.String() != "alive" {
+		t.Errorf("the program has ended with the thread: %v", p.Wait())
+	}
+}
+
+// A step that gets a signal, or whose parent ends, has all that it started end, and leaves-nothing.sh look.
+func TestStepHandsOn(t *testing.T) {
+	t.Parallel()
+	scripts := must.Get[string](t)(filepath.Abs("../../scripts"))
+	for name, signal := range map[string]syscall.Signal{
+		"SIGINT": syscall.SIGINT, "SIGTERM": syscall.SIGTERM, "its parent ends": syscall.SIGKILL,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const tests = `sh -c 'echo $$ $TMPDIR >begun; exec sleep 600'`
+			line := "exec " + scripts + "/step.sh tests " + scripts + "/leaves-nothing.sh " + tests
+			if signal == syscall.SIGKILL {
+				line = strings.Replace(line, "exec", "setsid", 1) + "; :" // not of the group that ends with this test
+			}
+			cmd := exec.Command("sh", "-c", line)
+			cmd.Dir = t.TempDir()
+			var child int
+			var dir string
+			p := Start(t, cmd, func(*Process) bool {
+				text, _ := os.ReadFile(filepath.Join(cmd.Dir, "begun"))
+				n, _ := fmt.Sscan(string(text), &child, &dir)
+				return n == 2
+			})
+			cmd.Process.Signal(signal)
+			gone := func() bool {
+				_, err := os.Stat(dir)
+				return syscall.Kill(child, 0) != nil && os.IsNotExist(err)
+			}
+			if signal == syscall.SIGKILL {
+				Await(t, "the end", gone)
+			} else if err := p.Wait(); err == nil || !gone() {
+				t.Errorf("%v; gone: %v", err, gone())
+			}
+		})
+	}
 }
 
 // Every package whose tests make folders or start programs runs them below a guard.

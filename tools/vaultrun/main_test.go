@@ -23,6 +23,14 @@ func TestMain(m *testing.M) {
 	switch {
 	case filepath.Base(os.Args[0]) == "vault":
 		serve()
+	case os.Getenv("VAULTRUN_TEST") == "where threads end":
+		go func() { main(); os.Exit(0) }()
+		for ended := make(chan bool); ; <-ended {
+			go func() {
+				runtime.LockOSThread() // and so the thread ends with the goroutine
+				ended <- true
+			}()
+		}
 	case os.Getenv("VAULTRUN_TEST") != "":
 		main()
 	default:
@@ -131,6 +139,14 @@ func TestStop(t *testing.T) {
 	if err := vaultrun.Wait(); err == nil ||
 		!strings.Contains(vaultrun.Log.String(), "the server has ended, its log is above: signal: killed") {
 		t.Errorf("its server was killed: %v\n%s", err, vaultrun.Log)
+	}
+}
+
+// The server lives on when threads of vaultrun end.
+func TestThreadsEnd(t *testing.T) {
+	vaultrun, _ := start(t, "where threads end")
+	if err := vaultrun.Stop(syscall.SIGTERM); err != nil {
+		t.Errorf("%v\n%s", err, vaultrun.Log)
 	}
 }
 
