@@ -228,8 +228,8 @@ func TestConfiguration(t *testing.T) {
 	write("p.yaml", "cuont: 9\nstate: [x]\n")
 	code, _, stderr := run(t, "show")
 	if code != 2 ||
-		!strings.Contains(stderr, "p.yaml: line 1: there is no setting cuont: did you mean count?") ||
-		!strings.Contains(stderr, "p.yaml: line 2: state is a text") {
+		!strings.Contains(stderr, "p.yaml: line 1: cuont: there is no such setting: did you mean count?") ||
+		!strings.Contains(stderr, "p.yaml: line 2: state: must be a text") {
 		t.Errorf("a wrong file: %d, %s", code, stderr)
 	}
 	// A configuration of others is used only where it is named.

@@ -88,7 +88,7 @@ func (s Schema[C]) Read(path string, given Given) (*C, *Report) {
 			if name != "" {
 				before := fmt.Sprint(field(v, name))
 				if r.lines[name] != 0 && before != strings.Join(given[flag], " ") {
-					r.Warn(name, name+" is another on the command line or in the environment",
+					r.Warn(name, "the command line or the environment has another",
 						"that goes before the file's; unset it if the file is right")
 				}
 				r.lines[name] = outside
@@ -184,7 +184,7 @@ func (r *Report) resolve(v reflect.Value, dir string) {
 		case path == "~" || strings.HasPrefix(path, "~/"):
 			said := func(p Problem) bool { return p.Setting == name && !p.Warning }
 			if !slices.ContainsFunc(r.problems, said) { // of the file's, before the command line's
-				r.Add(name, fmt.Sprintf("%s is %s, but ~ stands for a home folder only in a shell", name, path),
+				r.Add(name, fmt.Sprintf("%s: ~ stands for a home folder only in a shell", path),
 					"write the whole path, or ./~ for a folder of that name")
 			}
 		default:

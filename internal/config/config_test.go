@@ -49,15 +49,15 @@ func TestAllProblems(t *testing.T) {
 	_, r := read(t, "time: 5\ntext: c\ntmies: [a]\nkey: x\ntls:\n  keys: y\ncount: 1.5\ncount: 2\nzebra: 1\n"+
 		"file:\n", nil)
 	want := []string{
-		`line 1: time is a time, such as 5m, not "5": it has no unit: write 5s, 5m or 5h`,
-		`line 2: text is a or b, not "c"`,
-		`line 3: there is no setting tmies: did you mean times?`,
-		`line 4: there is no setting key: did you mean tls.key?`,
-		`line 6: there is no setting tls.keys: did you mean tls.key?`,
-		`line 7: count is a whole number, not "1.5"`,
-		`line 8: count is there twice: keep one of them`,
-		`line 9: there is no setting zebra: see p check --help`,
-		`line 10: file is empty: give it a value, or take it out`,
+		`line 1: time: must be a time, such as 5m, not "5": it has no unit: write 5s, 5m or 5h`,
+		`line 2: text: must be a or b, not "c"`,
+		`line 3: tmies: there is no such setting: did you mean times?`,
+		`line 4: key: there is no such setting: did you mean tls.key?`,
+		`line 6: tls.keys: there is no such setting: did you mean tls.key?`,
+		`line 7: count: must be a whole number, not "1.5"`,
+		`line 8: count: it is there twice: keep one of them`,
+		`line 9: zebra: there is no such setting: see p check --help`,
+		`line 10: file: it is empty: give it a value, or take it out`,
 	}
 	var got []string
 	for _, p := range r.Problems() {
@@ -89,15 +89,18 @@ func TestGiven(t *testing.T) {
 	if r.Err() != nil || c.Text != "a" || c.File != "file:"+here+"/y" || c.TLS.Key != here+"/k" || len(c.Times) != 2 {
 		t.Errorf("%+v, %v", c, r.Err())
 	}
-	if p := r.Problems(); len(p) != 2 || !p[0].Warning || !p[1].Warning || !strings.Contains(p[0].What, "text") {
+	if p := r.Problems(); len(p) != 2 || !p[0].Warning || !p[1].Warning || !strings.Contains(p[0].String(), "text: ") {
 		t.Errorf("what goes before the file: %+v", p)
 	}
 	if _, r := read(t, "", Given{"text": {"z"}}); r.Err() == nil ||
-		!strings.Contains(r.Err().Error(), `the command line or the environment: text is a or b, not "z"`) {
+		!strings.Contains(r.Err().Error(), `the command line or the environment: text: must be a or b, not "z"`) {
 		t.Errorf("a wrong one: %v", r.Err())
 	}
+	if _, r := read(t, "text: b\n", Given{"text": {"z"}}); r.Err() == nil {
+		t.Error("a wrong one in the place of the file's was taken")
+	}
 	if _, r := read(t, "file: file:~/x\ntls: {key: ./~}\n", nil); len(r.Problems()) != 1 ||
-		!strings.Contains(r.Err().Error(), "line 1: file is ~/x, but ~ stands for a home folder only in a shell") {
+		!strings.Contains(r.Err().Error(), "line 1: file: ~/x: ~ stands for a home folder only in a shell") {
 		t.Errorf("a home folder: %v", r.Err())
 	}
 	values := Values(c)
@@ -235,10 +238,10 @@ func TestServerTLS(t *testing.T) {
 		{"no CA", good, goodKey, "none", "tls.client_ca: the clients' CA none cannot be read"},
 	} {
 		var r Report
-		r.ServerTLS("tls.", c.certificate, c.key, c.ca)
+		r.ServerTLS(c.certificate, c.key, c.ca)
 		var got []string
 		for _, p := range r.Problems() {
-			text := p.Setting + ": " + p.String()
+			text := p.String()
 			if p.Warning {
 				text = "warning " + text
 			}
@@ -252,7 +255,7 @@ func TestServerTLS(t *testing.T) {
 		}
 	}
 	var r Report
-	if r.ServerTLS("tls.", past, soonKey, "none"); len(r.Problems()) != 3 {
+	if r.ServerTLS(past, soonKey, "none"); len(r.Problems()) != 3 {
 		t.Errorf("three are wrong: %v", r.Problems())
 	}
 }
@@ -288,10 +291,12 @@ func TestPlaces(t *testing.T) {
 	r.Made("socket", "the folder", filepath.Join(file, "a"))
 	for i, want := range []string{"a: " + l.Addr().String() + " is in use (ss -ltnp shows by whom)",
 		"c: 192.0.2.1:0 is no address of this machine", "e: the host of no.such.host.invalid:0 is not known",
-		"the database " + file + "/c.db cannot be made", file + " is no folder", "none cannot be opened",
-		"the folder: there is no folder " + dir + "/a to make b in", "the folder: " + file + " is a file",
-		"the folder: " + file + " is a file"} {
-		if all := r.Problems(); len(all) != 9 || !strings.Contains(all[i].String(), want) {
+		"store: the database " + file + "/c.db cannot be made", "directory: the directory " + file + " is no folder",
+		"directory: the directory " + dir + "/none cannot be opened",
+		"socket: the folder: there is no folder " + dir + "/a to make b in",
+		"socket: the folder: " + file + " is a file",
+		"socket: the folder: " + file + " is a file"} {
+		if all := r.Problems(); len(all) != 9 || !strings.HasPrefix(all[i].String(), want) {
 			t.Fatalf("%v\nhave no %s", fmt.Sprint(all), want)
 		}
 	}
@@ -311,7 +316,7 @@ func TestDistinct(t *testing.T) {
 	} {
 		var r Report
 		r.Distinct(Address{Setting: "a", At: c.a}, Address{Setting: "b", At: c.b})
-		if (r.Err() != nil) != c.same || c.same && !strings.Contains(r.Err().Error(), "a "+c.a+" and b "+c.b) {
+		if (r.Err() != nil) != c.same || c.same && !strings.Contains(r.Err().Error(), "b: "+c.b+" and a "+c.a) {
 			t.Errorf("%s, %s: %v", c.a, c.b, r.Err())
 		}
 	}

@@ -37,7 +37,7 @@ var number = regexp.MustCompile(`^[0-9]+(\.[0-9]+)?$`)
 
 // notAllowed reports a value. kind says which values its type may have.
 func (d decoder) notAllowed(name, kind, value string) {
-	what := fmt.Sprintf("%s is %s, not ", name, cmp.Or(d.rules[name].text, kind))
+	what := fmt.Sprintf("must be %s, not ", cmp.Or(d.rules[name].text, kind))
 	remedy := ""
 	switch {
 	case d.rules[name].secret:
@@ -75,7 +75,7 @@ func (d decoder) document(data []byte, to reflect.Value) {
 // and not the setting.
 func (d decoder) mapping(prefix string, n *yaml.Node, to, all reflect.Value) {
 	if n.Kind != yaml.MappingNode {
-		d.at(n.Line, prefix, cmp.Or(prefix, "the configuration")+" needs settings, each as key: value", "")
+		d.at(n.Line, prefix, "there must be settings, each as key: value", "")
 		return
 	}
 	seen := map[string]bool{}
@@ -91,10 +91,10 @@ func (d decoder) mapping(prefix string, n *yaml.Node, to, all reflect.Value) {
 		}
 		switch {
 		case !f.IsValid():
-			d.at(key.Line, name, "there is no setting "+name,
+			d.at(key.Line, name, "there is no such setting",
 				d.meant(strings.TrimSuffix(name, key.Value), key.Value, to, all))
 		case seen[name]:
-			d.at(key.Line, name, name+" is there twice", "keep one of them")
+			d.at(key.Line, name, "it is there twice", "keep one of them")
 		default:
 			d.lines[name] = value.Line
 			d.value(name, value, f, all)
@@ -162,7 +162,7 @@ func (d decoder) value(name string, n *yaml.Node, to, all reflect.Value) {
 		return
 	}
 	if to.Kind() == reflect.String && n.Kind == yaml.ScalarNode && (n.Value == "" || n.ShortTag() == "!!null") {
-		d.Add(name, name+" is empty", "give it a value, or take it out")
+		d.Add(name, "it is empty", "give it a value, or take it out")
 		return
 	}
 	// Yaml cuts a fraction off.

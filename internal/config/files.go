@@ -94,7 +94,7 @@ func (r *Report) Made(setting, what, dir string) {
 // Token finds out whether a text is a token's URI.
 func (r *Report) Token(setting, uri string) {
 	if err := hsmkeys.CheckURI(uri); err != nil {
-		r.Add(setting, fmt.Sprintf("%s: %v", setting, err), "")
+		r.Add(setting, err.Error(), "")
 	}
 }
 
@@ -104,7 +104,7 @@ func (r *Report) PIN(setting, uri string) {
 		return
 	}
 	if err := hsmkeys.CheckPIN(uri); err != nil {
-		r.Add(setting, fmt.Sprintf("%s: %v", setting, err), "")
+		r.Add(setting, err.Error(), "")
 	}
 }
 
@@ -140,7 +140,7 @@ func (r *Report) Distinct(all ...Address) {
 	for i, a := range all {
 		for _, b := range all[:i] {
 			if overlap(a.At, b.At) {
-				r.Add(a.Setting, fmt.Sprintf("%s %s and %s %s are one address", b.Setting, b.At, a.Setting, a.At),
+				r.Add(a.Setting, fmt.Sprintf("%s and %s %s are one address", a.At, b.Setting, b.At),
 					"choose another port for one of them")
 			}
 		}
@@ -174,10 +174,10 @@ func (r *Report) Addresses(all ...Address) {
 		case err == nil:
 			l.Close()
 		case errors.Is(err, syscall.EADDRINUSE):
-			r.Add(a.Setting, fmt.Sprintf("%s: %s is in use (ss -ltnp shows by whom)", a.Setting, a.At),
+			r.Add(a.Setting, a.At+" is in use (ss -ltnp shows by whom)",
 				"choose another port, or stop the process that has it; "+Running)
 		default:
-			r.Add(a.Setting, fmt.Sprintf("%s: %v", a.Setting, notHad(a.At, err)), "")
+			r.Add(a.Setting, notHad(a.At, err).Error(), "")
 		}
 	}
 }
@@ -217,26 +217,26 @@ func notHad(address string, err error) error {
 	return err
 }
 
-// ServerTLS finds what is wrong with a server's certificate, its key, and the CA of its clients, which are settings
-// below prefix.
-func (r *Report) ServerTLS(prefix, certificate, key, clientCA string) {
+// ServerTLS finds what is wrong with a server's certificate, its key, and the CA of its clients: the settings of
+// tls.
+func (r *Report) ServerTLS(certificate, key, clientCA string) {
 	const own = "the server's certificate"
-	if data := r.File(prefix+"certificate", own, certificate); data != nil {
+	if data := r.File("tls.certificate", own, certificate); data != nil {
 		chain, err := parseCertificates(certificate, data)
 		if err != nil {
-			r.Add(prefix+"certificate", own+" "+err.Error(), "write it anew")
+			r.Add("tls.certificate", own+" "+err.Error(), "write it anew")
 		} else {
-			r.dates(prefix+"certificate", own+" "+certificate, chain[0])
-			r.Purpose(prefix+"certificate", own+" "+certificate, chain[0], x509.ExtKeyUsageServerAuth)
+			r.dates("tls.certificate", own+" "+certificate, chain[0])
+			r.Purpose("tls.certificate", own+" "+certificate, chain[0], x509.ExtKeyUsageServerAuth)
 		}
-		private := r.Secret(prefix+"key", "the key of the server's certificate,", key)
+		private := r.Secret("tls.key", "the key of the server's certificate,", key)
 		if err == nil && private != nil {
-			r.pair(prefix+"key", certificate, key, data, private)
+			r.pair("tls.key", certificate, key, data, private)
 		}
 	} else {
-		r.Secret(prefix+"key", "the key of the server's certificate,", key)
+		r.Secret("tls.key", "the key of the server's certificate,", key)
 	}
-	r.Authority(prefix+"client_ca", "the clients' CA", clientCA)
+	r.Authority("tls.client_ca", "the clients' CA", clientCA)
 }
 
 // Authority finds what is wrong with a file of certificates of CAs.

@@ -12,23 +12,21 @@ import (
 type Problem struct {
 	Line    int    `json:"line,omitempty"`    // in the file; 0 if it is in none
 	Setting string `json:"setting,omitempty"` // empty: of the whole file
-	What    string `json:"problem"`
+	What    string `json:"problem"`           // it does not begin with the setting's name, which goes before it
 	Remedy  string `json:"remedy,omitempty"`
 	Warning bool   `json:"warning,omitempty"` // the configuration can be used all the same
 }
 
 func (p Problem) String() string {
-	text := p.What
+	where := ""
 	switch {
 	case p.Line > 0:
-		text = fmt.Sprintf("line %d: %s", p.Line, text)
+		where = fmt.Sprintf("line %d", p.Line)
 	case p.Line == outside:
-		text = "the command line or the environment: " + text
+		where = "the command line or the environment"
 	}
-	if p.Remedy != "" {
-		text += ": " + p.Remedy
-	}
-	return text
+	parts := []string{where, p.Setting, p.What, p.Remedy}
+	return strings.Join(slices.DeleteFunc(parts, func(part string) bool { return part == "" }), ": ")
 }
 
 // outside is the line of what the command line or the environment says.
@@ -69,11 +67,12 @@ func (r *Report) line(setting string) int {
 	}
 }
 
-// Good says that nothing is known to be wrong with a setting, or in what it has, or with all of the configuration.
+// Good says that nothing is known to be wrong with a setting, or in what it has, or with all of the configuration. A
+// warning is of what can be used.
 func (r *Report) Good(setting string) bool {
 	return !slices.ContainsFunc(r.problems, func(p Problem) bool {
 		rest, ok := strings.CutPrefix(p.Setting, setting)
-		return p.Setting == "" || ok && (rest == "" || rest[0] == '.' || rest[0] == '[')
+		return !p.Warning && (p.Setting == "" || ok && (rest == "" || rest[0] == '.' || rest[0] == '['))
 	})
 }
 

@@ -10,7 +10,7 @@ import (
 // is verified; auth says whether each must have one.
 func ServerTLS(certificate, key, clientCA string, auth tls.ClientAuthType) (*tls.Config, error) {
 	var files Report
-	files.ServerTLS("", certificate, key, clientCA)
+	files.ServerTLS(certificate, key, clientCA)
 	if err := files.Err(); err != nil {
 		return nil, err
 	}

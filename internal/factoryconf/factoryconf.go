@@ -97,11 +97,11 @@ func Help() string { return schema.Help() }
 func Read(path string, given config.Given) (*Config, *config.Report) {
 	c, r := schema.Read(path, given)
 	if err := c.Vault.Login().Validate(); err != nil {
-		r.Add("vault", fmt.Sprintf("vault: %v", err), "")
+		r.Add("vault", err.Error(), "")
 	}
 	for _, name := range c.Stations {
 		if err := directory.CheckName(name); err != nil {
-			r.Add("stations", fmt.Sprintf("stations: %v", err), "")
+			r.Add("stations", err.Error(), "")
 		}
 	}
 	return c, r
@@ -140,7 +140,7 @@ func Check(path string, given config.Given, running bool) *config.Report {
 	case tls.Certificate == "" || tls.Key == "" || tls.ClientCA == "":
 		r.Add("tls", "listen needs tls with certificate, key and client_ca", "stations are served by mutual TLS alone")
 	default:
-		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
+		r.ServerTLS(tls.Certificate, tls.Key, tls.ClientCA)
 	}
 	if !running {
 		r.Addresses(config.Address{Setting: "listen", At: c.Listen})

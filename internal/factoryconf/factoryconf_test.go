@@ -70,31 +70,32 @@ func TestRead(t *testing.T) {
 // A setting that is refused is named, with its line.
 func TestRefused(t *testing.T) {
 	for text, want := range map[string]string{
-		"workers: -1":       "line 1: workers is a whole number",
-		"workers: 0":        "line 1: workers is a whole number above zero, not \"0\"",
-		"bits: 0":           "line 1: bits is 2048, 3072 or 4096, not \"0\"",
-		"shard_size: 0":     "line 1: shard_size is a whole number from 1 to 1024",
-		"valid_for: 0s":     "line 1: valid_for is a time",
-		"timeout: 0s":       "line 1: timeout is a time of a second at least",
-		"listen: h:99999":   "line 1: listen is HOST:PORT, with a port from 0 to 65535",
-		"listen: ''":        "line 1: listen is empty: give it a value, or take it out",
-		"state:":            "line 1: state is empty",
-		"suite: ''":         "line 1: suite is empty",
-		"line: ''":          "line 1: line is empty",
-		"token: ''":         "line 1: token is empty",
-		"bits: 1024":        "line 1: bits is 2048, 3072 or 4096, not \"1024\"",
-		"suite: x":          "line 1: suite is tr33868-ecdsa-p256",
-		"shard_size: 2000":  "line 1: shard_size is a whole number from 1 to 1024",
-		"primes: big":       "line 1: primes is auto or x931",
-		"valid_for: 1":      "line 1: valid_for is a time, such as 720h, not \"1\": it has no unit",
-		"timeout: 1ms":      "line 1: timeout is a time of a second at least",
-		"listen: x":         "line 1: listen is HOST:PORT",
-		"directory: /srv":   "line 1: directory is file:DIR or vault:MOUNT",
-		"fixture: a/b":      "line 1: fixture is a name",
-		"stations: [a/b]":   "line 1: stations: ",
-		"vault: {role: i}":  "line 1: there is no setting vault.role: did you mean vault.role_id?",
-		"shardsize: 2":      "line 1: there is no setting shardsize: did you mean shard_size?",
-		"state: s\nbits: x": "line 2: bits is 2048, 3072 or 4096, not \"x\"",
+		"workers: -1":         "line 1: workers: must be a whole number",
+		"workers: 0":          "line 1: workers: must be a whole number above zero, not \"0\"",
+		"bits: 0":             "line 1: bits: must be 2048, 3072 or 4096, not \"0\"",
+		"shard_size: 0":       "line 1: shard_size: must be a whole number from 1 to 1024",
+		"valid_for: 0s":       "line 1: valid_for: must be a time",
+		"timeout: 0s":         "line 1: timeout: must be a time of a second at least",
+		"listen: h:99999":     "line 1: listen: must be HOST:PORT, with a port from 0 to 65535",
+		"listen: ''":          "line 1: listen: it is empty: give it a value, or take it out",
+		"state:":              "line 1: state: it is empty",
+		"suite: ''":           "line 1: suite: it is empty",
+		"line: ''":            "line 1: line: it is empty",
+		"token: ''":           "line 1: token: it is empty",
+		"bits: 1024":          "line 1: bits: must be 2048, 3072 or 4096, not \"1024\"",
+		"suite: x":            "line 1: suite: must be tr33868-ecdsa-p256",
+		"shard_size: 2000":    "line 1: shard_size: must be a whole number from 1 to 1024",
+		"primes: big":         "line 1: primes: must be auto or x931",
+		"valid_for: 1":        "line 1: valid_for: must be a time, such as 720h, not \"1\": it has no unit",
+		"timeout: 1ms":        "line 1: timeout: must be a time of a second at least",
+		"listen: x":           "line 1: listen: must be HOST:PORT",
+		"directory: /srv":     "line 1: directory: must be file:DIR or vault:MOUNT",
+		"fixture: a/b":        "line 1: fixture: must be a name",
+		"stations: [a/b]":     "line 1: stations: ",
+		"vault: {role_id: x}": "line 1: vault: AppRole needs a role id and a file with the secret id",
+		"vault: {role: i}":    "line 1: vault.role: there is no such setting: did you mean vault.role_id?",
+		"shardsize: 2":        "line 1: shardsize: there is no such setting: did you mean shard_size?",
+		"state: s\nbits: x":   "line 2: bits: must be 2048, 3072 or 4096, not \"x\"",
 	} {
 		if _, r := Read(write(t, text), nil); r.Err() == nil || !strings.Contains(r.Err().Error(), want) {
 			t.Errorf("%s: %v, want %s", text, r.Err(), want)
@@ -117,20 +118,21 @@ func TestCheck(t *testing.T) {
 	file := write(t, "x")
 	path := write(t, fmt.Sprintf("state: %[1]s\ndirectory: file:%[1]s\nmanufacturer: %[1]s\ninjection: %[1]s\n", file))
 	wrong := Check(path, nil, false).Err()
-	for _, want := range []string{"line 1: the line's folder " + file + " is no folder",
-		"line 2: the public-key directory",
-		"line 3: " + file + ": the file is no PEM file", "line 4: the folder of the injection packages: " + file} {
+	for _, want := range []string{"line 1: state: the line's folder " + file + " is no folder",
+		"line 2: directory: the public-key directory",
+		"line 3: manufacturer: " + file + ": the file is no PEM file",
+		"line 4: injection: the folder of the injection packages: " + file} {
 		if wrong == nil || !strings.Contains(wrong.Error(), want) {
 			t.Errorf("a file in the place of a folder: %v, want %s", wrong, want)
 		}
 	}
 	t.Setenv("VAULT_ADDR", "http://vault.example:8200")
 	if r := Check(write(t, "state: "+t.TempDir()+"\ndirectory: vault:kme\n"), nil, false); r.Err() == nil ||
-		!strings.Contains(r.Err().Error(), "line 2: the environment for Vault: whoever is on the way to ") {
+		!strings.Contains(r.Err().Error(), "line 2: directory: the environment for Vault: whoever is on the way to ") {
 		t.Errorf("Vault without TLS: %v", r.Err())
 	}
 	if r := Check(write(t, "listen: 127.0.0.1:0\n"), nil, false); r.Err() == nil ||
-		!strings.Contains(r.Err().Error(), "listen needs tls") {
+		!strings.Contains(r.Err().Error(), ": tls: listen needs tls") {
 		t.Errorf("without tls: %v", r.Err())
 	}
 }

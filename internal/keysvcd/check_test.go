@@ -59,15 +59,15 @@ drain_delay: 15s
 	all := problems(false)
 	want := []string{
 		"line 1: token: the PIN file " + pin + " is open to every user",
-		"line 2: the configuration, with the store's password in it, " + path + " is open to every user",
+		"line 2: store: the configuration, with the store's password in it, " + path + " is open to every user",
 		"line 3: listen: " + l.Addr().String() + " is in use (ss -ltnp shows by whom)",
-		"line 4: the key " + dir + "/m.key is not that of the server's certificate " + dir + "/a.pem",
-		"line 4: the clients' CA " + dir + "/nope.pem cannot be read: no such file or directory",
-		"line 5: another process serves " + dir + "/s",
-		`line 7: pending_ttl is a time above zero, such as 1h, not "60": it has no unit: write 60s, 60m or 60h`,
-		"line 8: the AppRole's secret id " + dir + "/none cannot be read",
-		"line 9: the public-key directory " + dir + "/away cannot be opened",
-		"line 10: drain_delay 15s and up to 30s for the calls under way: keysvc.service kills after 45s",
+		"line 4: tls.key: the key " + dir + "/m.key is not that of the server's certificate " + dir + "/a.pem",
+		"line 4: tls.client_ca: the clients' CA " + dir + "/nope.pem cannot be read: no such file or directory",
+		"line 5: socket: another process serves " + dir + "/s",
+		`line 7: pending_ttl: must be a time above zero, such as 1h, not "60": it has no unit: write 60s, 60m or 60h`,
+		"line 8: vault.secret_id_file: the AppRole's secret id " + dir + "/none cannot be read",
+		"line 9: directory: the public-key directory " + dir + "/away cannot be opened",
+		"line 10: drain_delay: 15s and up to 30s for the calls under way: keysvc.service kills after 45s",
 	}
 	if len(all) != len(want) {
 		t.Errorf("%d problems, want %d", len(all), len(want))
@@ -112,7 +112,7 @@ func TestCheckStore(t *testing.T) {
 	check := func(want string, warning bool) {
 		t.Helper()
 		for _, p := range settings.Check(t.Context(), settings.Source{Path: path}, false).Problems() {
-			if p.Setting == "store" && strings.Contains(p.What, want) && p.Warning == warning {
+			if p.Setting == "state" && strings.Contains(p.What, want) && p.Warning == warning {
 				return
 			}
 		}

@@ -131,7 +131,7 @@ func TestReloadFails(t *testing.T) {
 	}{
 		{"no configuration", "", func() func() { os.Remove(s.config()); return func() {} }, "keysvc.yaml"},
 		{"no YAML", "clients: [", nil, "yaml"},
-		{"an unknown setting", siteBase + newClients + "listne: x\n", nil, "there is no setting listne"},
+		{"an unknown setting", siteBase + newClients + "listne: x\n", nil, "listne: there is no such setting"},
 		{"no clients", siteBase, nil, "listen needs clients"},
 		{"a bad list of clients", siteBase + strings.Replace(newClients, "hss", "root", 1), nil, `no role "root"`},
 		{"two of one certificate", siteBase + newClients[:len(newClients)-2] +

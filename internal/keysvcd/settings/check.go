@@ -32,12 +32,12 @@ const (
 func Check(ctx context.Context, from Source, running bool) *config.Report {
 	cfg, r := Read(from)
 	cfg.Inspect(r)
-	if r.Good("store") {
+	if r.Good(cfg.storeSetting()) {
 		cfg.lookAtStore(ctx, r)
 	}
 	if r.Good("drain_delay") && cfg.DrainDelay+MaxDrain >= StopTimeout {
-		r.Warn("drain_delay", fmt.Sprintf("drain_delay %s and up to %s for the calls under way: keysvc.service kills "+
-			"after %s", cfg.DrainDelay, MaxDrain, StopTimeout), fmt.Sprintf("choose less than %s, or set a longer "+
+		r.Warn("drain_delay", fmt.Sprintf("%s and up to %s for the calls under way: keysvc.service kills after %s",
+			cfg.DrainDelay, MaxDrain, StopTimeout), fmt.Sprintf("choose less than %s, or set a longer "+
 			"TimeoutStopSec (systemctl edit keysvc)", StopTimeout-MaxDrain))
 	}
 	if running {
@@ -80,7 +80,7 @@ func (c *Config) Inspect(r *config.Report) {
 	tls := c.TLS
 	served := c.Listen != "" || c.EIR.Listen != "" || c.OperatorPage.Listen != ""
 	if served && c.hasTLS() {
-		r.ServerTLS("tls.", tls.Certificate, tls.Key, tls.ClientCA)
+		r.ServerTLS(tls.Certificate, tls.Key, tls.ClientCA)
 		if own, err := config.ReadCertificates(tls.Certificate); err == nil && c.EIR.NRF != "" {
 			r.Purpose("tls.certificate", "the certificate for the NRF "+tls.Certificate, own[0],
 				x509.ExtKeyUsageClientAuth)
@@ -89,7 +89,7 @@ func (c *Config) Inspect(r *config.Report) {
 	if c.EIR.TokenKey != "" {
 		if keys := r.File("eir.token_key", "the NRF's keys", c.EIR.TokenKey); keys != nil {
 			if _, err := n5geir.ParseTokens(keys, c.EIR.Instance); err != nil {
-				r.Add("eir.token_key", "eir.token_key: "+err.Error(), "")
+				r.Add("eir.token_key", err.Error(), "")
 			}
 		}
 	}
@@ -118,8 +118,8 @@ func (c *Config) Inspect(r *config.Report) {
 		r.Folder("audit_log", "the folder of the audit log", c.AuditLog, "mount it, make it, or name another")
 	}
 	directories.Inspect(r, c.Directory)
-	if path, ok := strings.CutPrefix(c.Store, "sqlite:"); ok {
-		r.Parent("store", "the database", path)
+	if path, ok := strings.CutPrefix(c.Store, "sqlite:"); ok && r.Good(c.storeSetting()) {
+		r.Parent(c.storeSetting(), "the database", path)
 	}
 	if u, err := url.Parse(c.Store); err == nil && u.User != nil && r.Path != "" {
 		if _, has := u.User.Password(); has {
@@ -143,9 +143,9 @@ func (c *Config) lookAtStore(ctx context.Context, r *config.Report) {
 	defer cancel()
 	switch there, err := sqlstore.Look(short, c.Store); {
 	case err != nil:
-		r.Add("store", "store: "+err.Error(), "")
+		r.Add(c.storeSetting(), err.Error(), "")
 	case !there && sqlstore.File(c.Store) != "":
-		r.Warn("store", "there is no store at "+sqlstore.File(c.Store)+" yet", "run keysvc init")
+		r.Warn(c.storeSetting(), "there is no store at "+sqlstore.File(c.Store)+" yet", "run keysvc init")
 	case !there:
 		r.Warn("store", "the store in PostgreSQL has no tables yet", "run keysvc store upgrade")
 	}

@@ -199,7 +199,7 @@ type Source struct {
 // Read gives the configuration of a source, and what is wrong with it by itself. If anything is wrong, it must not be
 // used.
 func Read(from Source) (*Config, *config.Report) {
-	c, r := ReadDefaults(from)
+	c, r := readFile(from)
 	c.Store = cmp.Or(c.Store, sqlstore.InFolder(c.State))
 	c.check(r)
 	return c, r
@@ -208,6 +208,12 @@ func Read(from Source) (*Config, *config.Report) {
 // ReadDefaults gives the values of flags that a command was not given. The configuration need not be complete enough to
 // serve.
 func ReadDefaults(from Source) (*Config, *config.Report) {
+	c, r := readFile(from)
+	c.Token = c.Tokens[0]
+	return c, r
+}
+
+func readFile(from Source) (*Config, *config.Report) {
 	c, r := schema.Read(from.Path, from.Given)
 	if _, ok := from.Given["token"]; ok || len(c.Tokens) == 0 {
 		if len(c.Tokens) > 0 {
@@ -216,9 +222,8 @@ func ReadDefaults(from Source) (*Config, *config.Report) {
 		}
 		c.Tokens = []string{c.Token}
 	}
-	c.Token = c.Tokens[0]
 	if err := c.Vault.Login().Validate(); err != nil {
-		r.Add("vault", fmt.Sprintf("vault: %v", err), "")
+		r.Add("vault", err.Error(), "")
 	}
 	return c, r
 }
@@ -236,7 +241,7 @@ func (c *Config) check(r *config.Report) {
 		r.Add("tls", "listen needs tls with certificate, key and client_ca", "it is never offered without mutual TLS")
 	}
 	if c.OperatorPage.Listen != "" && r.Good("operator_page") && (!c.hasTLS() || len(c.Clients) == 0) {
-		r.Add("operator_page", "operator_page needs tls with certificate, key and client_ca, and clients",
+		r.Add("operator_page", "it needs tls with certificate, key and client_ca, and clients",
 			"give one of them the role monitor: the page is never offered without mutual TLS")
 	}
 	if c.Listen != "" && r.Good("clients") && len(c.Clients) == 0 {
@@ -251,7 +256,7 @@ func (c *Config) check(r *config.Report) {
 	setting := func(e api.ClientError) string { return fmt.Sprintf("clients[%d]", e.Index) }
 	wrong = slices.DeleteFunc(wrong, func(e api.ClientError) bool { return !r.Good(setting(e)) }) // it was not read
 	for _, e := range wrong {
-		r.Add(setting(e), "clients: "+e.Error(), "")
+		r.Add(setting(e), e.Error(), "")
 	}
 	if r.Good("token") && r.Good("tokens") {
 		for _, uri := range c.Tokens {
@@ -273,10 +278,18 @@ func (c *Config) listeners() []config.Address {
 
 // tokenSetting is the setting that has the tokens.
 func (c *Config) tokenSetting() string {
-	if len(c.Tokens) == 1 {
+	if slices.Equal(c.Tokens, []string{c.Token}) {
 		return "token"
 	}
 	return "tokens"
+}
+
+// storeSetting is the setting that says where the store is.
+func (c *Config) storeSetting() string {
+	if c.Store == sqlstore.InFolder(c.State) {
+		return "state"
+	}
+	return "store"
 }
 
 // Login is the one to Vault.

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -33,6 +34,8 @@ func read(t *testing.T, text string) (*Config, error) {
 	return c, report.Err()
 }
 
+var line = regexp.MustCompile("^line [0-9]+: |^")
+
 // A setting that is refused is named, with what it is and what it may be.
 func TestConfigRefused(t *testing.T) {
 	const tlsOf = "tls: {certificate: a, key: b, client_ca: c}\n"
@@ -43,143 +46,158 @@ func TestConfigRefused(t *testing.T) {
 	for _, c := range []struct{ setting, text, want string }{
 		{"token", aSocket + "token: hunter2\n", `token: the token's URI is not one of RFC 7512`},
 		{"token missing", aSocket, `token: no token`},
-		{"token as a list", aSocket + "token: [a]\n", `token is a text, not what is there`},
-		{"tokens", aSocket + "tokens: [x]\n", `token: the token's URI is not one of RFC 7512`},
+		{"token as a list", aSocket + "token: [a]\n", `token: must be a text, not what is there`},
+		{"tokens", aSocket + "tokens: [x]\n", `tokens: the token's URI is not one of RFC 7512`},
+		{"tokens beside a token", good + "tokens: [x]\n",
+			`line 3: tokens: the token's URI is not one of RFC 7512`},
 		{"tokens as a text", aSocket + "tokens: pkcs11:token=x?pin-value=hunter2\n",
-			`line 2: tokens is a list of texts, not what is there`},
-		{"state", good + "state: {}\n", `state is a text, not "a mapping"`},
-		{"directory", good + "directory: /srv\n", `directory is file:DIR or vault:MOUNT, not "/srv"`},
+			`line 2: tokens: must be a list of texts, not what is there`},
+		{"state", good + "state: {}\n", `state: must be a text, not "a mapping"`},
+		{"directory", good + "directory: /srv\n", `directory: must be file:DIR or vault:MOUNT, not "/srv"`},
 		{"listen", aToken + tlsOf + some + "listen: localhost\n",
-			`listen is HOST:PORT, with a port from 0 to 65535, not "localhost"`},
-		{"listen at no port", aToken + tlsOf + some + "listen: 127.0.0.1:99999\n", `line 4: listen is HOST:PORT`},
-		{"listen nowhere", good + "listen: ''\n", `line 3: listen is empty: give it a value, or take it out`},
-		{"listen at nothing", good + "listen:\n", `line 3: listen is empty`},
+			`listen: must be HOST:PORT, with a port from 0 to 65535, not "localhost"`},
+		{"listen at no port", aToken + tlsOf + some + "listen: 127.0.0.1:99999\n",
+			`line 4: listen: must be HOST:PORT`},
+		{"listen nowhere", good + "listen: ''\n", `line 3: listen: it is empty: give it a value, or take it out`},
+		{"listen at nothing", good + "listen:\n", `line 3: listen: it is empty`},
 		{"listen twice", aToken + tlsOf + some + "listen: ':1'\noperator_page: {listen: 'localhost:1'}\n",
-			`line 5: listen :1 and operator_page.listen localhost:1 are one address: choose another port`},
+			`line 5: operator_page.listen: localhost:1 and listen :1 are one address: choose another port`},
 		{"listen and eir", aToken + tlsOf + some + "listen: '[::1]:1'\neir: {listen: '[::1]:1'}\n",
-			`line 5: listen [::1]:1 and eir.listen [::1]:1 are one address`},
+			`line 5: eir.listen: [::1]:1 and listen [::1]:1 are one address`},
 		{"operator_page of nothing", good + tlsOf + some + "operator_page: {}\n",
-			`operator_page is {listen: HOST:PORT}`},
-		{"state empty", good + "state: ''\n", `line 3: state is empty`},
-		{"tls.key empty", good + "tls: {key: ''}\n", `line 3: tls.key is empty`},
+			`operator_page: must be {listen: HOST:PORT}`},
+		{"state empty", good + "state: ''\n", `line 3: state: it is empty`},
+		{"tls.key empty", good + "tls: {key: ''}\n", `line 3: tls.key: it is empty`},
 		{"a client's name empty", good + "clients: [{name: '', san: y, roles: [hss], plmns: [all]}]\n",
-			`line 3: clients[0].name is empty`},
-		{"otlp at no port", good + "otlp: http://h:65536\n", `otlp is http://HOST:PORT`},
-		{"otlp without host", good + "otlp: http://:4318\n", `otlp is http://HOST:PORT`},
-		{"tls missing", aToken + "listen: localhost:1\n", `listen needs tls with certificate, key and client_ca`},
-		{"tls without key", aToken + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n",
-			`listen needs tls with certificate, key and client_ca`},
+			`line 3: clients[0].name: it is empty`},
+		{"otlp at no port", good + "otlp: http://h:65536\n", `otlp: must be http://HOST:PORT`},
+		{"otlp without host", good + "otlp: http://:4318\n", `otlp: must be http://HOST:PORT`},
+		{"tls missing", aToken + "listen: localhost:1\n",
+			`tls: listen needs tls with certificate, key and client_ca`},
+		{"tls without key", aToken + some + "listen: localhost:1\ntls: {certificate: a, client_ca: c}\n",
+			`tls: listen needs tls with certificate, key and client_ca`},
 		{"listen without clients", aToken + tlsOf + "listen: localhost:1\n",
-			`listen needs clients, who may call: clients: ` +
+			`clients: listen needs clients, who may call: clients: ` +
 				`[{name: hss-1, san: hss-1.example, roles: [hss], plmns: ["00101"]}]`},
-		{"listen and socket without clients", good + tlsOf + "listen: localhost:1\n", `listen needs clients`},
+		{"listen and socket without clients", good + tlsOf + "listen: localhost:1\n",
+			`clients: listen needs clients`},
 		{"listen with an empty list of clients", aToken + tlsOf + "listen: localhost:1\nclients: []\n",
-			`listen needs clients`},
-		{"tls of nothing known", aToken + "listen: localhost:1\ntls: {cert: a}\n", `there is no setting tls.cert`},
-		{"tls as a text", aToken + "listen: localhost:1\ntls: a\n", `tls needs settings`},
-		{"tls.key", aToken + "listen: localhost:1\ntls: {key: [a]}\n", `tls.key is a text, not "a list"`},
-		{"eir without tls", good + "eir: {listen: localhost:1}\n", `eir needs tls with certificate`},
-		{"eir without clients", good + tlsOf + "eir: {listen: localhost:1}\n", `eir needs tls with certificate`},
+			`clients: listen needs clients`},
+		{"tls of nothing known", aToken + some + "listen: localhost:1\ntls: {cert: a}\n",
+			`tls.cert: there is no such setting`},
+		{"tls as a text", aToken + some + "listen: localhost:1\ntls: a\n",
+			`tls: there must be settings, each as key: value`},
+		{"tls.key", aToken + some + "listen: localhost:1\ntls: {key: [a]}\n",
+			`tls.key: must be a text, not "a list"`},
+		{"eir without tls", good + "eir: {listen: localhost:1}\n", `eir: it needs tls with certificate`},
+		{"eir without clients", good + tlsOf + "eir: {listen: localhost:1}\n",
+			`eir: it needs tls with certificate`},
 		{"eir.listen", good + "eir: {listen: localhost}\n",
-			`eir.listen is HOST:PORT, with a port from 0 to 65535, not "localhost"`},
+			`eir.listen: must be HOST:PORT, with a port from 0 to 65535, not "localhost"`},
 		{"eir.listen missing", good + tlsOf + some + "eir: {token_key: k}\n",
-			`eir has no listen: it says where to serve`},
+			`eir.listen: it is missing: it says where to serve`},
 		{"eir.instance", eir + "instance: X}\n",
-			`eir.instance is a UUID in lower case, as uuidgen makes one, not "X"`},
-		{"eir.nrf", eir + "nrf: http://nrf}\n", `eir.nrf is https://HOST:PORT, not "http://nrf"`},
-		{"eir.nrf at no port", eir + "nrf: 'https://nrf:70000'}\n", `eir.nrf is https://HOST:PORT`},
+			`eir.instance: must be a UUID in lower case, as uuidgen makes one, not "X"`},
+		{"eir.nrf", eir + "nrf: http://nrf}\n", `eir.nrf: must be https://HOST:PORT, not "http://nrf"`},
+		{"eir.nrf at no port", eir + "nrf: 'https://nrf:70000'}\n", `eir.nrf: must be https://HOST:PORT`},
 		{"eir.advertise", eir + "advertise: ':1'}\n",
-			`eir.advertise is HOST:PORT, with a port from 1 to 65535, not ":1"`},
-		{"eir.nrf without more", eir + "nrf: https://nrf}\n", `registration at an NRF needs eir.instance and`},
-		{"eir.advertise alone", eir + "advertise: 'h:1'}\n", `eir.nrf_ca and eir.advertise are for registration`},
+			`eir.advertise: must be HOST:PORT, with a port from 1 to 65535, not ":1"`},
+		{"eir.nrf without more", eir + "nrf: https://nrf}\n", `eir: registration at an NRF needs eir.instance and`},
+		{"eir.advertise alone", eir + "advertise: 'h:1'}\n", `eir: nrf_ca and advertise are for registration`},
 		{"socket", aToken + "socket: /" + strings.Repeat("s", 107) + "\n",
-			`socket is a path of 107 bytes at most, not "/sss`},
-		{"neither", aToken, `neither listen nor socket says where to serve`},
+			`socket: must be a path of 107 bytes at most, not "/sss`},
+		{"neither", aToken, `listen: neither listen nor socket says where to serve`},
 		{"store", good + "store: mysql://u:hunter2@h/d\n",
-			`store is sqlite:PATH or postgres://USER@HOST/DATABASE, not what is there`},
-		{"attempt_ttl", good + "attempt_ttl: 0s\n", `attempt_ttl is a time above zero, such as 5m, not "0s"`},
+			`store: must be sqlite:PATH or postgres://USER@HOST/DATABASE, not what is there`},
+		{"attempt_ttl", good + "attempt_ttl: 0s\n", `attempt_ttl: must be a time above zero, such as 5m, not "0s"`},
 		{"attempt_ttl without unit", good + "attempt_ttl: 5\n",
-			`attempt_ttl is a time above zero, such as 5m, not "5"`},
-		{"pending_ttl", good + "pending_ttl: 0s\n", `pending_ttl is a time above zero, such as 1h, not "0s"`},
-		{"pending_vectors", good + "pending_vectors: 0\n", `pending_vectors is a whole number above zero, not "0"`},
-		{"drain_delay", good + "drain_delay: -1s\n", `drain_delay is 0s or more, such as 10s, not "-1s"`},
+			`attempt_ttl: must be a time above zero, such as 5m, not "5"`},
+		{"pending_ttl", good + "pending_ttl: 0s\n", `pending_ttl: must be a time above zero, such as 1h, not "0s"`},
+		{"pending_vectors", good + "pending_vectors: 0\n",
+			`pending_vectors: must be a whole number above zero, not "0"`},
+		{"drain_delay", good + "drain_delay: -1s\n", `drain_delay: must be 0s or more, such as 10s, not "-1s"`},
 		{"revocation_ttl", good + "revocation_ttl: -1m\n",
-			`revocation_ttl is a time above zero, such as 1m, not "-1m0s"`},
+			`revocation_ttl: must be a time above zero, such as 1m, not "-1m0s"`},
 		{"max_revocation_age", good + "max_revocation_age: -1h\n",
-			`max_revocation_age is 0s, or a time of more than twice revocation_ttl, such as 72h, not "-1h0m0s"`},
+			`max_revocation_age: must be 0s, or a time of more than twice revocation_ttl, such as 72h, not "-1h0m0s"`},
 		{"max_revocation_age between two reads", good + "max_revocation_age: 90s\n",
-			`max_revocation_age is 0s, or a time of more than twice`},
+			`max_revocation_age: must be 0s, or a time of more than twice`},
 		{"hsm_timeout", good + "hsm_timeout: soon\n",
-			`hsm_timeout is a time above zero and up to 1m, such as 5s, not "soon"`},
+			`hsm_timeout: must be a time above zero and up to 1m, such as 5s, not "soon"`},
 		{"hsm_timeout of none", good + "hsm_timeout: 0s\n",
-			`hsm_timeout is a time above zero and up to 1m, such as 5s, not "0s"`},
+			`hsm_timeout: must be a time above zero and up to 1m, such as 5s, not "0s"`},
 		{"hsm_timeout too long", good + "hsm_timeout: 61s\n",
-			`hsm_timeout is a time above zero and up to 1m, such as 5s, not "1m1s"`},
-		{"connections", good + "connections: 0\n", `connections is a whole number above zero, not "0"`},
-		{"calls", good + "calls: -1\n", `calls is a whole number, or 0 for 32 of each session, not "-1"`},
-		{"calls as a text", good + "calls: many\n", `calls is a whole number, or 0 for 32 of each session, not "many"`},
-		{"imei_rate", good + "imei_rate: 0\n", `imei_rate is a number above zero, not "0"`},
-		{"imei_rate of no number", good + "imei_rate: .nan\n", `imei_rate is a number above zero, not "NaN"`},
-		{"imei_rate without end", good + "imei_rate: .inf\n", `imei_rate is a number above zero, not "+Inf"`},
-		{"imei_burst", good + "imei_burst: 0\n", `imei_burst is a whole number above zero, not "0"`},
-		{"imei_burst of a half", good + "imei_burst: 1.5\n", `imei_burst is a whole number above zero, not "1.5"`},
-		{"verify", good + "verify: never\n", `verify is token or software, not "never"`},
-		{"cache_mb", good + "cache_mb: 0\n", `cache_mb is a whole number from 1 to 1048576, not "0"`},
+			`hsm_timeout: must be a time above zero and up to 1m, such as 5s, not "1m1s"`},
+		{"connections", good + "connections: 0\n", `connections: must be a whole number above zero, not "0"`},
+		{"calls", good + "calls: -1\n", `calls: must be a whole number, or 0 for 32 of each session, not "-1"`},
+		{"calls as a text", good + "calls: many\n",
+			`calls: must be a whole number, or 0 for 32 of each session, not "many"`},
+		{"imei_rate", good + "imei_rate: 0\n", `imei_rate: must be a number above zero, not "0"`},
+		{"imei_rate of no number", good + "imei_rate: .nan\n", `imei_rate: must be a number above zero, not "NaN"`},
+		{"imei_rate without end", good + "imei_rate: .inf\n", `imei_rate: must be a number above zero, not "+Inf"`},
+		{"imei_burst", good + "imei_burst: 0\n", `imei_burst: must be a whole number above zero, not "0"`},
+		{"imei_burst of a half", good + "imei_burst: 1.5\n",
+			`imei_burst: must be a whole number above zero, not "1.5"`},
+		{"verify", good + "verify: never\n", `verify: must be token or software, not "never"`},
+		{"cache_mb", good + "cache_mb: 0\n", `cache_mb: must be a whole number from 1 to 1048576, not "0"`},
 		{"cache_mb above all memory", good + "cache_mb: 8796093022208\n",
-			`cache_mb is a whole number from 1 to 1048576, not "8796093022208"`},
-		{"log_level", good + "log_level: loud\n", `log_level is debug, info, warn or error, not "loud"`},
-		{"log_identities", good + "log_identities: none\n", `log_identities is plain or hashed, not "none"`},
-		{"otlp", good + "otlp: localhost:4318\n", `otlp is http://HOST:PORT or https://HOST:PORT, not what is there`},
-		{"otlp with a password", good + "otlp: ftp://u:hunter2@h\n", `otlp is http://HOST:PORT`},
+			`cache_mb: must be a whole number from 1 to 1048576, not "8796093022208"`},
+		{"log_level", good + "log_level: loud\n", `log_level: must be debug, info, warn or error, not "loud"`},
+		{"log_identities", good + "log_identities: none\n", `log_identities: must be plain or hashed, not "none"`},
+		{"otlp", good + "otlp: localhost:4318\n",
+			`otlp: must be http://HOST:PORT or https://HOST:PORT, not what is there`},
+		{"otlp with a password", good + "otlp: ftp://u:hunter2@h\n", `otlp: must be http://HOST:PORT`},
 		{"vault", good + "vault: {role_id: x}\n", `vault: AppRole needs a role id and a file with the secret id`},
 		{"vault twice", good + "vault: {role_id: x, secret_id_file: f, cert_role: y}\n",
 			`vault: log in to Vault by AppRole or by certificate, not both`},
 		{"vault.secret_id_wrapped", good + "vault: {secret_id_wrapped: maybe}\n",
-			`vault.secret_id_wrapped is true or false, not "maybe"`},
-		{"clients as a text", good + "clients: all\n", `clients is a list of mappings, not "all"`},
+			`vault.secret_id_wrapped: must be true or false, not "maybe"`},
+		{"clients as a text", good + "clients: all\n", `clients: must be a list of mappings, not "all"`},
 		{"clients as a mapping", good + "clients: {a: {roles: [hss]}}\n",
-			`clients is a list of mappings, not "a mapping"`},
-		{"clients of texts", good + "clients: [x]\n", `clients[0] needs settings`},
+			`clients: must be a list of mappings, not "a mapping"`},
+		{"clients of texts", good + "clients: [x]\n", `clients[0]: there must be settings`},
 		{"a client's rate", good + client + "rate: -1}]\n",
-			`clients: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
-		{"a client's rate as a text", good + client + "rate: fast}]\n", `clients[0].rate is a number, not "fast"`},
+			`clients[0]: client "x": rate is a number of calls a second, or 0 for no limit, not -1`},
+		{"a client's rate as a text", good + client + "rate: fast}]\n",
+			`clients[0].rate: must be a number, not "fast"`},
 		{"a client's provision_from as a text", good + client + "provision_from: home}]\n",
-			`keysvc.yaml: line 3: clients[0].provision_from is a list of texts, not "home"`},
+			`line 3: clients[0].provision_from: must be a list of texts, not "home"`},
 		{"a client's uid", good + "clients: [{name: x, uid: -1, roles: [hss], plmns: [all]}]\n",
-			`clients: client "x": uid is a number from 0 to 4294967294, not -1`},
+			`clients[0]: client "x": uid is a number from 0 to 4294967294, not -1`},
 		{"a client's uid that nobody has", good + "clients: [{name: x, uid: 4294967295, roles: [hss], plmns: [all]}]\n",
-			`clients: client "x": uid is a number from 0 to 4294967294, not 4294967295`},
+			`clients[0]: client "x": uid is a number from 0 to 4294967294, not 4294967295`},
 		{"a client's uid as a text", good + "clients: [{name: x, uid: root}]\n",
-			`clients[0].uid is a whole number, not "root"`},
+			`clients[0].uid: must be a whole number, not "root"`},
 		{"a client's roles", good + "clients: [{name: x, san: y, roles: [root], plmns: [all]}]\n",
-			`clients: client "x": there is no role "root": hss, eir, admin, monitor, metrics, kme-export`},
+			`clients[0]: client "x": there is no role "root": hss, eir, admin, monitor, metrics, kme-export`},
 		{"a client's plmns", good + "clients: [{name: x, san: y, roles: [hss], plmns: [001]}]\n",
-			`clients: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
-		{"equipment.lists", good + "equipment: {lists: never}\n", `equipment.lists is first or last, not "never"`},
+			`clients[0]: client "x": "001" is no PLMN: MCC and MNC, 5 or 6 digits, or all`},
+		{"equipment.lists", good + "equipment: {lists: never}\n",
+			`equipment.lists: must be first or last, not "never"`},
 		{"equipment.other_device", good + "equipment: {other_device: unknown}\n",
-			`equipment.other_device is whitelisted, greylisted or blacklisted, not "unknown"`},
+			`equipment.other_device: must be whitelisted, greylisted or blacklisted, not "unknown"`},
 		{"equipment.other_subscription", good + "equipment: {other_subscription: unknown}\n",
-			`equipment.other_subscription is whitelisted, greylisted or blacklisted, not "unknown"`},
+			`equipment.other_subscription: must be whitelisted, greylisted or blacklisted, not "unknown"`},
 		{"equipment.not_in_lot", good + "equipment: {not_in_lot: red}\n",
-			`equipment.not_in_lot is whitelisted, greylisted, blacklisted or unknown, not "red"`},
+			`equipment.not_in_lot: must be whitelisted, greylisted, blacklisted or unknown, not "red"`},
 		{"equipment.history", good + "equipment: {history: 5m}\n",
-			`equipment.history is 0s, or a time from 1h on, not "5m0s"`},
+			`equipment.history: must be 0s, or a time from 1h on, not "5m0s"`},
 		{"equipment.history_rows", good + "equipment: {history_rows: 0}\n",
-			`equipment.history_rows is a whole number above zero, not "0"`},
+			`equipment.history_rows: must be a whole number above zero, not "0"`},
 		{"a webhook without url", good + "equipment: {webhook: {secret_file: f}}\n",
 			`equipment.webhook.url: a webhook's address is https://HOST/PATH`},
 		{"a webhook without secret", good + "equipment: {webhook: {url: 'https://h/'}}\n",
-			`equipment.webhook has no secret_file`},
+			`equipment.webhook.secret_file: it is missing`},
 		{"a webhook in clear", good + "equipment: {webhook: {url: 'http://h/', secret_file: f}}\n",
 			`equipment.webhook.url: a webhook's address is https://HOST/PATH`},
 		{"a webhook without history", good + "equipment: {history: 0s, webhook: {url: 'https://h/', secret_file: f}}\n",
-			`equipment.webhook needs equipment.history`},
-		{"a client's setting", good + client + "limit: 1}]\n", `there is no setting clients[0].limit`},
-		{"unknown", good + "listne: x\n", `line 3: there is no setting listne`},
-		{"empty", good + "'': x\n", `line 3: there is no setting `},
-		{"twice", good + aSocket, `line 3: socket is there twice`},
+			`equipment.history: equipment.webhook needs it`},
+		{"a client's setting", good + client + "limit: 1}]\n", `clients[0].limit: there is no such setting`},
+		{"unknown", good + "listne: x\n", `line 3: listne: there is no such setting`},
+		{"empty", good + "'': x\n", `line 3: there is no such setting`},
+		{"twice", good + aSocket, `line 3: socket: it is there twice`},
 		{"after ---", good + "---\ncalls: 5\n", `there is a second document`},
-		{"no mapping", "- socket\n", `line 1: the configuration needs settings, each as key: value`},
+		{"no mapping", "- socket\n", `line 1: there must be settings, each as key: value`},
 		{"no YAML", "socket: [\n", `yaml: line`},
 	} {
 		t.Run(c.setting, func(t *testing.T) {
@@ -187,15 +205,20 @@ func TestConfigRefused(t *testing.T) {
 			if err == nil {
 				t.Fatalf("accepted: %+v", got)
 			}
-			if !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hunter2") ||
-				strings.Count(err.Error(), "line ") > 1 {
+			_, printed, _ := strings.Cut(err.Error(), "keysvc.yaml: ")
+			place := line.FindString(printed)
+			if strings.HasPrefix(c.want, "line ") {
+				place = ""
+			}
+			if !strings.HasPrefix(printed, place+c.want) || strings.Contains(printed, "hunter2") ||
+				strings.Count(printed, "line ") > 1 {
 				t.Errorf("%v\ndoes not say %s", err, c.want)
 			}
 		})
 		refused.WriteString(c.want + "\n")
 	}
 	for _, s := range schema.Settings {
-		if s.Rule != "" && !strings.Contains(refused.String(), s.Name+" is ") {
+		if s.Rule != "" && !strings.Contains(refused.String(), s.Name+": must be ") {
 			t.Errorf("%s is refused by no case", s.Name)
 		}
 	}
@@ -215,12 +238,12 @@ eir: {nrf: "http://nrf", instance: X}
 equipment: {lists: never, history: 0s, webhook: {url: "http://h/"}}
 `)
 	for _, want := range []string{
-		"line 2: tokens: ", "line 2: tokens: ", `line 4: clients: client "a": there is no role "root"`,
-		`line 4: clients: client "a": there is no role "boss"`, `line 4: clients: client "a": "1" is no PLMN`,
-		"line 5: clients[1].rate is a number", `line 6: clients: client "c": it has either a san or a uid`,
-		`line 6: clients: client "c": it has no roles`, `line 6: clients: client "c": it has no plmns`,
-		`line 8: clients: client "e": another client has the same san or uid`, "line 9: eir.nrf is",
-		"line 9: eir.instance is", "line 10: equipment.lists is",
+		"line 2: tokens: ", "line 2: tokens: ", `line 4: clients[0]: client "a": there is no role "root"`,
+		`line 4: clients[0]: client "a": there is no role "boss"`, `line 4: clients[0]: client "a": "1" is no PLMN`,
+		"line 5: clients[1].rate: must be a number", `line 6: clients[2]: client "c": it has either a san or a uid`,
+		`line 6: clients[2]: client "c": it has no roles`, `line 6: clients[2]: client "c": it has no plmns`,
+		`line 8: clients[4]: client "e": another client has the same san or uid`, "line 9: eir.nrf: must be",
+		"line 9: eir.instance: must be", "line 10: equipment.lists: must be",
 	} {
 		before, after, found := strings.Cut(fmt.Sprint(err), want)
 		if err = errors.New(before + after); !found {
@@ -278,9 +301,11 @@ func TestCheckPlaces(t *testing.T) {
 		{"socket: link/s", "socket: the folder of the socket: "},
 		{"socket: none/none/s", "socket: the folder of the socket: "},
 		{"socket: file/s", "socket: the folder of the socket: "},
-		{aSocket + "store: sqlite:.", "store: store: "},
+		{aSocket + "store: sqlite:.", "store: "},
 		{aSocket + "store: sqlite:file/keysvc.db", "store: the database"},
 		{aSocket + "state: file\nstore: postgres://u@127.0.0.1:1/d", "state: "},
+		{aSocket + "state: file", "state: " + dir + "/file is a file: "},
+		{aSocket + "state: file/keysvc", "state: the database " + dir + "/file/keysvc/keysvc.db cannot be made: "},
 		{aSocket + "audit_log: file", "audit_log: the folder of the audit log "},
 		{aSocket + "audit_log: none/none", "warning audit_log: the folder of "},
 		{aSocket + "directory: file:file", "directory: "},
@@ -305,7 +330,10 @@ func TestCheckPlaces(t *testing.T) {
 		}
 		found := want == ""
 		for _, p := range Check(t.Context(), Source{Path: path}, false).Problems() {
-			text := p.Setting + ": " + p.What
+			text := strings.TrimPrefix(p.String(), line.FindString(p.String()))
+			if p.Line == 0 {
+				t.Errorf("%s: of no setting there: %s", c[0], p)
+			}
 			if p.Warning {
 				text = "warning " + text
 			}

@@ -30,15 +30,15 @@ func (c *Config) checkEIR(r *config.Report) {
 		return
 	}
 	if e.Listen == "" {
-		r.Add("eir", "eir has no listen", "it says where to serve, as HOST:PORT")
+		r.Add("eir.listen", "it is missing", "it says where to serve, as HOST:PORT")
 	}
 	if !c.hasTLS() || len(c.Clients) == 0 {
-		r.Add("eir", "eir needs tls with certificate, key and client_ca, and clients",
+		r.Add("eir", "it needs tls with certificate, key and client_ca, and clients",
 			"it is never offered without mutual TLS")
 	}
 	switch {
 	case e.NRF == "" && (e.NRFCA != "" || e.Advertise != ""):
-		r.Add("eir", "eir.nrf_ca and eir.advertise are for registration at an NRF", "eir.nrf names it")
+		r.Add("eir", "nrf_ca and advertise are for registration at an NRF", "nrf names it")
 	case e.NRF != "" && (e.Instance == "" || e.Advertise == ""):
 		r.Add("eir", "registration at an NRF needs eir.instance and eir.advertise", "a UUID of its own, and "+
 			"HOST:PORT where AMFs reach it")

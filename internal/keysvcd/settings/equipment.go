@@ -73,14 +73,14 @@ func (e *Equipment) check(r *config.Report) {
 		return
 	}
 	if err := webhook.CheckURL(w.URL); err != nil {
-		r.Add("equipment.webhook.url", fmt.Sprintf("equipment.webhook.url: %v", err), "")
+		r.Add("equipment.webhook.url", err.Error(), "")
 	}
 	if w.SecretFile == "" {
-		r.Add("equipment.webhook", "equipment.webhook has no secret_file",
+		r.Add("equipment.webhook.secret_file", "it is missing",
 			"without it, nobody can tell who has sent an event: echo whsec_$(openssl rand -base64 32) >FILE")
 	}
 	if e.History == 0 {
-		r.Add("equipment.history", "equipment.webhook needs equipment.history", "that knows the device before")
+		r.Add("equipment.history", "equipment.webhook needs it", "that knows the device before")
 	}
 }
 
