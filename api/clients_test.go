@@ -364,10 +364,12 @@ func TestRateOfOthers(t *testing.T) {
 	}
 }
 
-// Nothing that a client asks for, whatever its role, is read into memory at any length.
+// Nothing that a client asks for, whatever its role, is read into memory at any length, and that is logged.
 func TestLongRequests(t *testing.T) {
+	var log strings.Builder
 	handler := NewHandler(Options{
-		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(), Log: slog.New(slog.DiscardHandler)}),
+		Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
+			Log: slog.New(slog.NewTextHandler(&log, nil))}),
 		Clients: everybody(t, Client{Name: "test", Roles: roles, PLMNs: []string{all}}),
 		Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 		Ready: func(context.Context) ([]string, error) { return nil, nil },
@@ -379,18 +381,20 @@ func TestLongRequests(t *testing.T) {
 		}
 	}
 	for _, call := range calls {
-		r := httptest.NewRequest("POST", call, strings.NewReader(`{`+strings.Repeat(" ", maxRequest)+`}`))
-		r.Header.Set("Content-Type", "application/json")
-		w := httptest.NewRecorder()
-		handler.ServeHTTP(w, r)
-		if w.Code != http.StatusBadRequest || w.Header().Get("Kme-Reason") != "MALFORMED" {
-			t.Errorf("%s: %d %s", call, w.Code, w.Body)
-		}
-		r.ContentLength, r.Body = -1, io.NopCloser(strings.NewReader(`{`+strings.Repeat(" ", maxRequest)+`}`))
-		w = httptest.NewRecorder()
-		handler.ServeHTTP(w, r)
-		if !strings.Contains(w.Body.String(), "resource_exhausted") {
-			t.Errorf("%s, of a length that is not known: %d %s", call, w.Code, w.Body)
+		long := `{` + strings.Repeat(" ", maxRequest) + `}`
+		known := httptest.NewRequest("POST", call, strings.NewReader(long))
+		unknown := httptest.NewRequest("POST", call, io.MultiReader(strings.NewReader(long)))
+		packed := httptest.NewRequest("POST", call, zip(t, long))
+		packed.Header.Set("Content-Encoding", "gzip")
+		for i, r := range []*http.Request{known, unknown, packed} {
+			r.Header.Set("Content-Type", "application/json")
+			log.Reset()
+			w := httptest.NewRecorder()
+			handler.ServeHTTP(w, r)
+			if w.Code != http.StatusBadRequest || w.Header().Get("Kme-Reason") != "MALFORMED" ||
+				strings.Count(log.String(), "msg=refused reason=MALFORMED") != 1 {
+				t.Errorf("%s, %d: %d %s; the log has %s", call, i, w.Code, w.Body, &log)
+			}
 		}
 	}
 }

@@ -1,12 +1,15 @@
 package api
 
 import (
+	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"path"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -109,9 +112,9 @@ func (g *guard) known(next http.Handler, open string) http.Handler {
 				stranger(r.Context(), g.service, callOf(r.URL.Path)...)
 				return g.deny(w, r, notAllowed())
 			}
-			if r.ContentLength > maxRequest && r.URL.Path != kmev1connect.KeyServiceStreamProcedure {
+			if !fits(r) {
 				refusal := &binding.Refusal{Reason: kme.Malformed,
-					Message: fmt.Sprintf("a request has at most %d bytes; this has %d", maxRequest, r.ContentLength)}
+					Message: fmt.Sprintf("a request has at most %d bytes, packed and unpacked", maxRequest)}
 				g.service.Refused(r.Context(), refusal, callOf(r.URL.Path)...)
 				// A client that sends all before it reads would be cut off before it gets the answer.
 				io.CopyN(io.Discard, r.Body, 8<<20)
@@ -125,6 +128,35 @@ func (g *guard) known(next http.Handler, open string) http.Handler {
 			http.Error(w, "internal error", http.StatusInternalServerError)
 		}
 	})
+}
+
+// fits says whether a request has at most maxRequest bytes, on the wire and unpacked. One that does not say its length
+// or is packed is read for that: Connect's own limit would refuse it before the call, and without a reason.
+func fits(r *http.Request) bool {
+	if r.URL.Path == kmev1connect.KeyServiceStreamProcedure || strings.HasPrefix(r.URL.Path, "/grpc.reflection.") {
+		return true // a stream, of which each message has a limit
+	}
+	encoding, prefix := "Content-Encoding", 0
+	if strings.HasPrefix(r.Header.Get("Content-Type"), "application/grpc") {
+		encoding, prefix = "Grpc-Encoding", 5 // a flag and the length
+	}
+	packed := r.Header.Get(encoding) == "gzip"
+	if r.ContentLength > maxRequest || r.ContentLength >= 0 && !packed {
+		return r.ContentLength <= maxRequest
+	}
+	body, _ := io.ReadAll(io.LimitReader(r.Body, maxRequest+1)) // whoever reads on gets the error, too
+	if packed && len(body) > prefix {
+		if z, err := gzip.NewReader(bytes.NewReader(body[prefix:])); err == nil {
+			if n, _ := io.CopyN(io.Discard, z, maxRequest+1); n > maxRequest {
+				return false
+			}
+		}
+	}
+	r.Body = struct {
+		io.Reader
+		io.Closer
+	}{Reader: io.MultiReader(bytes.NewReader(body), r.Body), Closer: r.Body}
+	return len(body) <= maxRequest
 }
 
 // For serves pages to clients that have a role. Their requests are authenticated, refused, limited and logged as calls

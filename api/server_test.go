@@ -229,26 +229,39 @@ func TestJSON(t *testing.T) {
 			http.StatusBadRequest, "invalid_argument", "MALFORMED"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			resp, err := s.Client().Post(s.URL+service+c.method, "application/json", strings.NewReader(c.body))
-			status, body := read(t)(resp, err)
-			if got := resp.Header.Get("Kme-Reason"); got != c.reason {
-				t.Errorf("Kme-Reason is %q, want %q", got, c.reason)
-			}
-			var answer struct {
-				Code    string
-				Details []struct{ Type, Value string }
-			}
-			if err := json.Unmarshal([]byte(body), &answer); err != nil {
-				t.Fatal(err)
-			}
-			if status != c.status || answer.Code != c.code {
-				t.Errorf("%d, %s, want %d, %q", status, body, c.status, c.code)
-			}
-			if (len(answer.Details) == 1 && answer.Details[0].Type == "google.rpc.ErrorInfo") != (c.reason != "") {
-				t.Errorf("details %v, want an ErrorInfo: %v", answer.Details, c.reason != "")
-			}
-			if !strings.Contains(body, c.reason) {
-				t.Errorf("%s does not say %s", body, c.reason)
+			for _, way := range []string{"with its length", "chunked", "gzip"} {
+				req := must.Get[*http.Request](t)(http.NewRequestWithContext(t.Context(), http.MethodPost,
+					s.URL+service+c.method, strings.NewReader(c.body)))
+				req.Header.Set("Content-Type", "application/json")
+				switch way {
+				case "chunked":
+					req.ContentLength = -1
+				case "gzip":
+					packed := zip(t, c.body)
+					req.Body, req.ContentLength = io.NopCloser(packed), int64(packed.Len())
+					req.Header.Set("Content-Encoding", "gzip")
+				}
+				resp, err := s.Client().Do(req)
+				status, body := read(t)(resp, err)
+				if got := resp.Header.Get("Kme-Reason"); got != c.reason {
+					t.Errorf("%s: Kme-Reason is %q, want %q", way, got, c.reason)
+				}
+				var answer struct {
+					Code    string
+					Details []struct{ Type, Value string }
+				}
+				if err := json.Unmarshal([]byte(body), &answer); err != nil {
+					t.Fatal(err)
+				}
+				if status != c.status || answer.Code != c.code {
+					t.Errorf("%s: %d, %s, want %d, %q", way, status, body, c.status, c.code)
+				}
+				if (len(answer.Details) == 1 && answer.Details[0].Type == "google.rpc.ErrorInfo") != (c.reason != "") {
+					t.Errorf("%s: details %v, want an ErrorInfo: %v", way, answer.Details, c.reason != "")
+				}
+				if !strings.Contains(body, c.reason) {
+					t.Errorf("%s: %s does not say %s", way, body, c.reason)
+				}
 			}
 		})
 	}
@@ -280,25 +293,14 @@ func TestLongRequestIsAnswered(t *testing.T) {
 	}
 }
 
-// What is small on the wire may be large in memory.
-func TestCompressedAboveLimit(t *testing.T) {
-	s, _ := serve(t)
-	var body bytes.Buffer
-	z := gzip.NewWriter(&body)
-	fmt.Fprintf(z, `{"imsi":"%s"}`, strings.Repeat("0", 10<<20))
-	if err := z.Close(); err != nil {
-		t.Fatal(err)
-	}
-	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.URL+service+"GetBinding", &body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("Content-Encoding", "gzip")
-	if status, body := read(t)(s.Client().Do(req)); status != http.StatusTooManyRequests ||
-		!strings.Contains(body, "resource_exhausted") {
-		t.Errorf("%d, %s", status, body)
-	}
+// zip packs a body: what is small on the wire may be large in memory.
+func zip(t *testing.T, body string) *bytes.Buffer {
+	t.Helper()
+	var packed bytes.Buffer
+	z := gzip.NewWriter(&packed)
+	must.Get[int](t)(io.WriteString(z, body))
+	must.Do(t, z.Close())
+	return &packed
 }
 
 func TestJSONNames(t *testing.T) {
@@ -338,6 +340,14 @@ func TestProtocols(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		checkReason(t, err, "NOT_BOUND")
+		for _, more := range [][]connect.ClientOption{nil, {connect.WithSendGzip()}} {
+			_, err := kmev1connect.NewKeyServiceClient(s.Client(), s.URL, slices.Concat(options, more)...).EstablishKME(
+				t.Context(), connect.NewRequest(&kmev1.EstablishKMERequest{Payload: make([]byte, maxRequest)}))
+			if connect.CodeOf(err) != connect.CodeInvalidArgument {
+				t.Errorf("%s, above the limit: %v", name, err)
+			}
+			checkReason(t, err, "MALFORMED")
+		}
 		vector := &kmev1.PrepareVectorRequest{Imsi: "001010000000001", Rands: [][]byte{make([]byte, 16)}}
 		if answer, err := client.PrepareVector(t.Context(), connect.NewRequest(vector)); err != nil ||
 			answer.Header().Get("Kme-Reason") != "" {
