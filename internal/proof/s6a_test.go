@@ -357,6 +357,9 @@ func TestS6aConfiguration(t *testing.T) {
 		"legacy_mme is":          "service = unix:/x\nlegacy_mme = *",
 		"agent is":               "service = unix:/x\nagent = *.",
 		"home_realm is":          "service = unix:/x\nhome_realm = ",
+		"more than 64 lines of":  "service = unix:/x\n" + strings.Repeat("open = 00101\n", 65),
+		"is no configuration":    "service = unix:/x\n#" + strings.Repeat("x", 65536),
+		"broken.conf is no conf": "service = unix:/x\n\x00",
 		"cannot be read":         "",
 	} {
 		d.write("broken.conf", lines)
