@@ -18,7 +18,9 @@ Installs, with apt-get, what this machine lacks for a Make target, and nothing e
                 Chromium, ip
     generate    protoc
 
-It does so as root or with sudo. With nothing missing it does nothing, on any system.
+It does so as root or with sudo. With nothing missing it does nothing, on any system. First it lists what is missing,
+and the tools that the target will have go fetch, as their modules: staticcheck for check; nfpm and cyclonedx-gomod for
+packages; Vault for bench; grpcurl for test.
 EOF
 }
 
@@ -27,7 +29,7 @@ die() {
 	exit 1
 }
 
-missing=()
+missing=() tools=()
 
 # need PACKAGE TEST...: notes that a package is missing if the test for its content fails. The content may also come
 # from elsewhere.
@@ -35,6 +37,12 @@ need() {
 	local package=$1
 	shift
 	"$@" >/dev/null 2>&1 || missing+=("$package")
+}
+
+# fetches MODULE [SPELT]: notes that go will fetch a tool, if it has no version of it. The module cache may spell it in
+# another way.
+fetches() {
+	compgen -G "$(go env GOMODCACHE)/${2:-$1}@*" >/dev/null || tools+=("$1")
 }
 
 has_headers() { has_header stdlib.h; }
@@ -93,6 +101,8 @@ for_packages() {
 	for_demo
 	for_plugin
 	need dpkg-dev command -v dpkg-shlibdeps
+	fetches github.com/goreleaser/nfpm/v2
+	fetches github.com/CycloneDX/cyclonedx-gomod 'github.com/!cyclone!d!x/cyclonedx-gomod'
 }
 
 for_bench() {
@@ -101,6 +111,7 @@ for_bench() {
 	need libssl-dev has_header openssl/evp.h
 	need freediameterd command -v freeDiameterd
 	need postgresql has_postgres
+	fetches github.com/hashicorp/vault
 }
 
 for_check() {
@@ -118,6 +129,7 @@ for_check() {
 	need p11-kit-modules has_p11_kit_client
 	need libnss3 has_softoken
 	need libnss3-tools command -v certutil
+	fetches honnef.co/go/tools
 }
 
 for_test() {
@@ -133,6 +145,7 @@ for_test() {
 	need prometheus command -v promtool
 	need spin command -v spin
 	need chromium command -v chromium
+	fetches github.com/fullstorydev/grpcurl
 }
 
 for_generate() {
@@ -152,6 +165,7 @@ esac
 command -v go >/dev/null || die 'go not found: install it as https://go.dev/doc/install tells; go.mod names the version'
 cc=$(go env CC)
 "for_$1"
+[ ${#tools[@]} -eq 0 ] || printf 'go will fetch, with all that they depend on: %s\n' "${tools[*]}"
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 command -v apt-get >/dev/null || die "missing: ${missing[*]} (as Debian calls them), and there is no apt-get here: \
