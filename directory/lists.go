@@ -194,13 +194,15 @@ func (r *Reader) inMemory(lot string) (*Revocations, error) {
 	if known.list == nil || !followed && time.Since(known.tried) >= r.o.RevocationTTL {
 		return nil, nil
 	}
-	return known.list, r.tooOld(lot, known)
+	return known.list, r.unfit(lot, known)
 }
 
-// tooOld is the error of a list that is older than MaxAge.
-func (r *Reader) tooOld(lot string, known revocationList) error {
+// unfit is the error of a list that is older than MaxAge, or is not Strict's.
+func (r *Reader) unfit(lot string, known revocationList) error {
 	now := time.Now()
 	switch {
+	case r.o.Strict && known.err != nil && !errors.As(known.err, new(*lateError)):
+		return fmt.Errorf("%w: lot %s: %w", ErrNotCurrent, lot, known.err)
 	case r.o.MaxAge == 0:
 		return nil
 	case known.list == nil:
@@ -214,21 +216,23 @@ func (r *Reader) tooOld(lot string, known revocationList) error {
 	return nil
 }
 
-// list gives a lot's list of revoked devices. The caller waits if there is none yet, or if the lot is not followed and
-// RevocationTTL has passed. If the store is away then, or its list is refused, the last one stays in use.
-func (r *Reader) list(ctx context.Context, m *Manifest) (*Revocations, error) {
+// Revocations gives a lot's list of revoked devices, as lookups use it. The caller waits if there is none yet, or if
+// the lot is not followed and RevocationTTL has passed. If the store is away then, or its list is refused, the last one
+// stays in use, unless the reader is Strict.
+func (r *Reader) Revocations(ctx context.Context, m *Manifest) (*Revocations, error) {
 	asked := time.Now().Add(-r.o.RevocationTTL) // a list that another caller reads meanwhile is good enough
 	if list, err := r.inMemory(m.Lot); list != nil {
 		return list, err
 	}
-	if err := r.refresh(ctx, m, asked); ctx.Err() != nil {
-		return nil, err
+	r.refresh(ctx, m, asked) // what has failed is known then
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
 	known, _ := r.known(m.Lot)
-	if known.list == nil {
+	if known.list == nil && !r.o.Strict {
 		return nil, known.err
 	}
-	return known.list, r.tooOld(m.Lot, known)
+	return known.list, r.unfit(m.Lot, known)
 }
 
 // load reads a lot's list and replaces the last one, unless another read has ended since the caller asked.
@@ -367,7 +371,7 @@ func (r *Reader) List(lot string) ListState {
 // counts as revoked; with a MaxAge, that is an error, and so is a list that is too old.
 func (r *Reader) Revoked(m *Manifest, imei kme.IMEI) (bool, error) {
 	known, _ := r.known(m.Lot)
-	if err := r.tooOld(m.Lot, known); err != nil || known.list == nil {
+	if err := r.unfit(m.Lot, known); err != nil || known.list == nil {
 		return false, err
 	}
 	position, ok := m.Position(imei)

@@ -32,6 +32,10 @@ type ReaderOptions struct {
 	// next_update; then lookups of the lot's devices fail. 0: for ever.
 	MaxAge time.Duration
 
+	// Strict: lookups of a lot's devices fail with ErrNotCurrent while its list of revoked devices cannot be read again,
+	// or is refused. One that is only past its next_update stays in use.
+	Strict bool
+
 	// Memory keeps the last good list of each lot across restarts; may be nil.
 	Memory Memory
 
@@ -264,7 +268,7 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 // RevocationsOf gives a device's own revocations, and the revocation of its whole lot. It does not read the device's
 // key.
 func (r *Reader) RevocationsOf(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, *LotRevocation, error) {
-	list, err := r.list(ctx, m)
+	list, err := r.Revocations(ctx, m)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -305,7 +305,7 @@ func TestRevocationsCacheBound(t *testing.T) {
 	}
 	_, published := files.take()
 	r := NewReader(files, NewVerifier(s.Public()), ReaderOptions{Cache: NewCache(limit, nil), ReadTimeout: time.Minute})
-	list := must.Get[*Revocations](t)(r.list(t.Context(), m))
+	list := must.Get[*Revocations](t)(r.Revocations(t.Context(), m))
 	heap := func() int64 {
 		runtime.GC()
 		runtime.GC()

@@ -21,11 +21,18 @@ type Guard struct {
 	directory.Store
 	dir      string
 	verifier *directory.Verifier
+	readOnly bool // copies are compared, and never written
 }
 
 // NewGuard guards a directory, with the copies in the line's folder dir.
 func NewGuard(store directory.Store, dir string, v *directory.Verifier) *Guard {
 	return &Guard{Store: store, dir: dir, verifier: v}
+}
+
+// NewReadingGuard guards a directory for a process that may not write to the line's folder dir: it compares what it
+// reads with the line's copies, and with its own, which are in the folder own.
+func NewReadingGuard(store directory.Store, dir, own string, v *directory.Verifier) *Guard {
+	return NewGuard(&Guard{Store: store, dir: dir, verifier: v, readOnly: true}, own, v)
 }
 
 // Read is the store's. It refuses a list, or a part, that is earlier than the line's copy, another of the same version,
@@ -37,9 +44,10 @@ func (g *Guard) Read(ctx context.Context, path string) ([]byte, string, error) {
 	// The copy first: meanwhile, another process of the line may publish a later object, and copy that.
 	kept, kerr := os.ReadFile(g.file(path))
 	jws, version, err := g.Store.Read(ctx, path)
-	if err == nil || errors.Is(err, directory.ErrNotFound) || errors.As(err, new(*directory.RefusedError)) {
+	refused, ok := errors.AsType[*directory.RefusedError](err)
+	if err == nil || errors.Is(err, directory.ErrNotFound) || ok && !refused.Rollback {
 		err = g.follow(path, kept, kerr, jws, err)
-	} // else it says nothing of the object
+	} // else it says nothing of the object, or another guard has refused it
 	return jws, version, err
 }
 
@@ -110,6 +118,9 @@ func (g *Guard) follow(path string, kept []byte, kerr error, jws []byte, err err
 		what = fmt.Sprintf("it has version %d", now)
 	}
 	if now > was {
+		if g.readOnly {
+			return nil
+		}
 		return g.keep(path, jws)
 	}
 	if was == 0 {
@@ -118,9 +129,9 @@ func (g *Guard) follow(path string, kept []byte, kerr error, jws []byte, err err
 	if refused, ok := errors.AsType[*directory.RefusedError](err); ok {
 		what = refused.Reason
 	}
-	return &directory.RefusedError{Object: path, Rollback: true, Reason: fmt.Sprintf("%s, and the line's copy is "+
-		"another one, of version %d: find out who changed the directory; factory reconcile --repair publishes the "+
-		"copy", what, was)}
+	return &directory.RefusedError{Object: path, Rollback: true, Reason: fmt.Sprintf("%s, and the copy %s is "+
+		"another one, of version %d: find out who changed the directory; factory reconcile --repair, on the line that "+
+		"published that one, publishes it again", what, g.file(path), was)}
 }
 
 func (g *Guard) keep(path string, jws []byte) error {

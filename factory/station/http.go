@@ -34,7 +34,7 @@ var wall embed.FS
 //	PUT  /v1/lots/{lot}/devices/{imei}/result    {"result": "injected" | "failed" | "scrapped", "note": "..."}
 //	GET  /v1/status                              a Status
 //	GET  /                                       the wall screen
-//	GET  /healthz                                200 if the desk's database answers, else 503
+//	GET  /healthz                                200 if the desk's database answers, and the Warnings; else 503
 //	GET  /metrics                                for Prometheus: counts, and no device
 //
 // An error is {"error": "..."}: 400 for what makes no sense, 403 for whoever is no station or comes from another page,
@@ -101,6 +101,9 @@ func (d *Desk) Handler() http.Handler {
 			return
 		}
 		fmt.Fprintln(w, "ok")
+		for _, warning := range d.warnings() {
+			fmt.Fprintln(w, "but", warning)
+		}
 	})
 	page := http.FileServerFS(wall)
 	mux.HandleFunc("GET /wall.js", page.ServeHTTP)
@@ -195,7 +198,8 @@ func (d *Desk) reply(w http.ResponseWriter, r *http.Request, station string, v a
 		code, text = http.StatusConflict, err.Error()
 	case errors.Is(err, ErrNoneLeft):
 		code, text = http.StatusNotFound, err.Error()
-	case errors.Is(err, ErrNotReady), errors.Is(err, directory.ErrUnavailable):
+	case errors.Is(err, ErrNotReady), errors.Is(err, directory.ErrNotCurrent),
+		errors.Is(err, directory.ErrUnavailable):
 		w.Header().Set("Retry-After", "5")
 		code, text = http.StatusServiceUnavailable, err.Error()
 	case r.Context().Err() != nil:

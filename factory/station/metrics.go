@@ -9,13 +9,17 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"golang.org/x/time/rate"
+
+	"github.com/kmehsm/kmehsm/directory"
 )
 
 // metrics are a desk's. Like the wall screen, they name stations and lots, but no devices.
 type metrics struct {
 	handler  http.Handler
 	refusals *prometheus.CounterVec
-	logged   map[int]*rate.Sometimes // by the code of a refusal
+	overdue  *prometheus.CounterVec // by why
+	panics   prometheus.Counter
+	logged   map[any]*rate.Sometimes // by the code of a refusal, or by what is wrong with a list
 }
 
 var (
@@ -33,15 +37,24 @@ var refusalCodes = []int{http.StatusBadRequest, http.StatusForbidden, http.Statu
 	http.StatusUnsupportedMediaType, http.StatusInternalServerError, http.StatusServiceUnavailable}
 
 func newMetrics(d *Desk) *metrics {
-	m := &metrics{logged: map[int]*rate.Sometimes{}, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
+	m := &metrics{logged: map[any]*rate.Sometimes{}, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "kme_station_refusals_total", Help: "requests that were refused, by status code; 0: no TLS connection"},
-		[]string{"code"})}
+		[]string{"code"}),
+		overdue: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_station_revocations_overdue_total",
+			Help: "tries to read a list of revoked devices that did not give the last one, by what is wrong with it"},
+			[]string{"why"}),
+		panics: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_station_panics_total",
+			Help: "panics in the work beside the requests"})}
 	for _, code := range append(refusalCodes, 0) {
 		m.refusals.WithLabelValues(strconv.Itoa(code))
 		m.logged[code] = &rate.Sometimes{First: 20, Interval: 5 * time.Second}
 	}
+	for _, why := range directory.Whys() { // so that the first is an increase
+		m.overdue.WithLabelValues(string(why))
+		m.logged[why] = &rate.Sometimes{First: 20, Interval: 5 * time.Second}
+	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(m.refusals, collector{d: d})
+	registry.MustRegister(m.refusals, m.overdue, m.panics, collector{d: d})
 	m.handler = promhttp.HandlerFor(registry, promhttp.HandlerOpts{})
 	return m
 }

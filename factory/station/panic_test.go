@@ -2,10 +2,19 @@ package station
 
 import (
 	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/panics"
+	"github.com/kmehsm/kmehsm/internal/handover"
+	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
 // panicking is a directory that panics.
@@ -13,10 +22,48 @@ type panicking struct{ directory.Store }
 
 func (panicking) List(context.Context, string) ([]string, error) { panic("in the store") }
 
-// Stations are served on while what the wall screen shows cannot be counted, however that fails.
-func TestCountingPanics(t *testing.T) {
-	d := &Desk{o: Options{Store: panicking{}}}
-	if n, err := d.published(t.Context(), &lot{Manifest: &directory.Manifest{Lot: "L1"}}); panics.Of(err) == nil {
-		t.Errorf("%d devices, %v", n, err)
+// A panic in the work beside the requests is logged and counted, takes nothing from other work, and the work begins
+// again.
+func TestPanicsBeside(t *testing.T) {
+	logged, injection := new(text), t.TempDir()
+	for _, lot := range []string{"L1", "L2"} {
+		if err := os.MkdirAll(filepath.Join(injection, lot), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(injection, "L1", handover.ManifestFile), []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// Nothing can be parsed without a verifier, nor written without a database.
+	d := &Desk{o: Options{Injection: injection, Store: panicking{}, Log: slog.New(slog.NewJSONHandler(logged, nil))},
+		lots: map[string]*lot{"L2": {Manifest: &directory.Manifest{Lot: "L2"}}},
+		out:  map[device]*handedOut{{lot: "L1"}: {}}, supply: map[string]int{}}
+	d.metrics = newMetrics(d)
+	for name, c := range map[string]struct {
+		work func(context.Context)
+		in   []string // each has panicked
+	}{
+		"watch": {d.watch, []string{"station.(*Desk).watch"}},
+		"look":  {d.look, []string{"station.(*Desk).lot(", "panicking.List("}},
+	} {
+		var rounds atomic.Int32
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			d.beside(ctx, time.Millisecond, func(ctx context.Context) { rounds.Add(1); c.work(ctx) })
+		}()
+		testproc.Await(t, name+" begins again", func() bool { return rounds.Load() > 2 })
+		cancel()
+		<-done
+		log := logged.take()
+		for _, in := range c.in {
+			if n := strings.Count(log, in); n < 2 || !strings.Contains(log, `"msg":"internal error"`) {
+				t.Errorf("%s is in the log %d times: %s", in, n, log)
+			}
+		}
+	}
+	if n := testutil.ToFloat64(d.metrics.panics); n < 6 {
+		t.Errorf("%v panics are counted", n)
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/mattn/go-sqlite3"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/factory/memory"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
@@ -130,18 +131,18 @@ func Open(ctx context.Context, o Options) (*Desk, error) {
 		unlock()
 		return nil, err
 	}
-	d := &Desk{o: o, reader: directory.NewReader(o.Store, o.Verifier,
-		directory.ReaderOptions{Cache: directory.NewCache(8<<20, nil), RevocationTTL: time.Second,
-			NegativeTTL: time.Second}),
-		read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{},
+	d := &Desk{o: o, read: read, write: write, unlock: unlock, lots: map[string]*lot{}, out: map[device]*handedOut{},
 		supply: map[string]int{}}
 	d.metrics = newMetrics(d)
+	d.reader = directory.NewReader(memory.NewReadingGuard(o.Store, o.State, dir, o.Verifier), o.Verifier,
+		directory.ReaderOptions{Cache: directory.NewCache(8<<20, nil), RevocationTTL: time.Second,
+			NegativeTTL: time.Second, Strict: true, Overdue: d.overdue})
 	if err := d.resume(ctx); err != nil {
 		return nil, errors.Join(err, d.Close())
 	}
 	ctx, d.cancel = context.WithCancel(context.WithoutCancel(ctx))
-	d.watching.Go(func() { d.watch(ctx) })
-	d.watching.Go(func() { d.look(ctx) })
+	d.watching.Go(func() { d.beside(ctx, min(o.Timeout/4, 5*time.Second), d.watch) })
+	d.watching.Go(func() { d.beside(ctx, 5*time.Second, d.look) })
 	return d, nil
 }
 
@@ -172,35 +173,26 @@ func (d *Desk) resume(ctx context.Context) error {
 
 // watch finds devices that are overdue.
 func (d *Desk) watch(ctx context.Context) {
-	tick := time.NewTicker(min(d.o.Timeout/4, 5*time.Second))
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
+	d.mu.Lock()
+	late := map[device]int{}
+	for k, h := range d.out {
+		if time.Since(h.since) > d.o.Timeout {
+			late[k] = h.tries
 		}
-		d.mu.Lock()
-		late := map[device]int{}
-		for k, h := range d.out {
-			if time.Since(h.since) > d.o.Timeout {
-				late[k] = h.tries
+	}
+	d.mu.Unlock()
+	for k, tries := range late {
+		err := d.to("note an overdue device").Named(d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? "+
+			"WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?", Overdue, now(), k.lot,
+			k.position, k.issue, tries, Out))
+		if err != nil {
+			if ctx.Err() == nil {
+				d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position",
+					k.position, "error", err)
 			}
+			continue
 		}
-		d.mu.Unlock()
-		for k, tries := range late {
-			err := d.to("note an overdue device").Named(d.write.Exec(ctx, "UPDATE device SET state = ?, reported = ? "+
-				"WHERE lot = ? AND position = ? AND issue = ? AND tries = ? AND state = ?", Overdue, now(), k.lot,
-				k.position, k.issue, tries, Out))
-			if err != nil {
-				if ctx.Err() == nil {
-					d.o.Log.Error("an overdue device cannot be put down", "lot", k.lot, "position",
-						k.position, "error", err)
-				}
-				continue
-			}
-			d.forget(k, tries)
-		}
+		d.forget(k, tries)
 	}
 }
 

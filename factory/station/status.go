@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
-	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/internal/sqlconn"
 	"github.com/kmehsm/kmehsm/internal/sqlite"
 	"github.com/kmehsm/kmehsm/kme"
@@ -31,6 +30,7 @@ type Status struct {
 	Hour        []Minute   `json:"hour"`         // the last 60 minutes, the oldest first
 	PerHour     float64    `json:"per_hour"`     // injected, by the last quarter of an hour
 	SecondsLeft float64    `json:"seconds_left"` // until all that are ready are injected, at that rate; 0: not known
+	Warnings    []string   `json:"warnings,omitempty"`
 }
 
 // A LineState says what the line does.
@@ -111,7 +111,8 @@ func (d *Desk) Status(ctx context.Context) (*Status, error) {
 	if last != nil && time.Since(last.Time) < time.Second {
 		return last, nil
 	}
-	s := &Status{Time: time.Now(), Line: d.o.Line, Lots: []Counts{}, Stations: []Work{}}
+	s := &Status{Time: time.Now(), Line: d.o.Line, Lots: []Counts{}, Stations: []Work{},
+		Warnings: d.warnings()}
 	if err := errors.Join(d.countLots(ctx, s), d.lastHour(ctx, s), d.countWork(ctx, s),
 		d.lineState(ctx, s)); err != nil {
 		return nil, err
@@ -192,47 +193,40 @@ func (d *Desk) lineState(ctx context.Context, s *Status) error {
 }
 
 // look finds how many devices of each lot are published and not revoked, but for those that were handed out and revoked
-// later, until ctx ends. The directory may be slow. Nobody waits for it; until it answers, the last counts stand.
+// later. The directory may be slow. Nobody waits for it; until it answers, the last counts stand.
 func (d *Desk) look(ctx context.Context) {
-	tick := time.NewTicker(5 * time.Second)
-	defer tick.Stop()
-	for {
-		entries, _ := os.ReadDir(d.o.Injection) // Status says what is wrong with it
-		for _, e := range entries {
+	entries, _ := os.ReadDir(d.o.Injection) // Status says what is wrong with it
+	for _, e := range entries {
+		d.safely(func() error { // one lot's panic takes no count from the others
 			l, err := d.lot(e.Name())
 			if err != nil {
-				continue
+				return nil
 			}
 			n, err := d.published(ctx, l)
 			if err != nil {
 				d.o.Log.Warn("nobody can say how many devices are ready", "lot", l.Lot, "error", err)
-				continue
+				return err
 			}
 			d.mu.Lock()
+			defer d.mu.Unlock()
 			d.supply[l.Lot] = n
-			d.mu.Unlock()
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
+			return nil
+		})
 	}
 }
 
 // published counts a lot's devices that are in the directory and were handed out, or are not revoked.
 func (d *Desk) published(ctx context.Context, l *lot) (n int, err error) {
-	defer panics.Recover(&err) // of the store: on look's goroutine, it would end the process
 	names, err := d.o.Store.List(ctx, directory.ShardsPath(l.Lot))
 	if err != nil {
 		return 0, err
 	}
-	list, err := d.reader.ReadRevocations(ctx, l.Manifest)
-	if err != nil && !errors.Is(err, directory.ErrNotFound) {
+	list, err := d.reader.Revocations(ctx, l.Manifest)
+	if err != nil {
 		return 0, err
 	}
 	handed := map[int]bool{}
-	revoked := list != nil && (list.Whole != nil || len(list.Parts) > 0)
+	revoked := list.Whole != nil || len(list.Parts) > 0
 	if revoked {
 		err := d.to(counting).Each(ctx, func(scan func(...any) error) error {
 			var at int

@@ -99,6 +99,7 @@ function show(s) {
   else if (s.state === 'empty') say('empty', '○ NO LOT', 'no lot is provisioned');
   else if (!sum('waiting')) say('stopped', '■ STOPPED', `all handed out; ${last}`);
   else say('stopped', '■ STOPPED', last);
+  if (s.warnings) id('why').textContent = `⚠ ${s.warnings[0]}`;
   const known = s.lots.every(l => l.ready >= 0);
   id('line').replaceChildren(s.lots.length === 1 ? named(s.lots[0].lot, `${s.line} · lot `)
     : `${s.line} · ${s.lots.length} lots`);

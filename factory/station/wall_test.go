@@ -121,6 +121,12 @@ func wallOf(t *testing.T) *httptest.Server {
 				}
 				asked[r.URL.Path+r.Referer()] = true
 			}
+			if state == "warned" {
+				s := line(Running, stations, lots)
+				s.Warnings = []string{"the list of L1 is overdue"}
+				json.NewEncoder(w).Encode(s)
+				return
+			}
 			if state == "stale" {
 				if state = Running; asked[r.URL.Path+r.Referer()] {
 					w.WriteHeader(http.StatusServiceUnavailable)
@@ -164,6 +170,14 @@ func TestWallStaleInBrowser(t *testing.T) {
 	if !strings.Contains(page, `data-state="stale"`) || !strings.Contains(page, "⚠ STALE") ||
 		!strings.Contains(page, "no answer since") {
 		t.Errorf("it does not say that it is stale:\n%s", page)
+	}
+}
+
+// What is wrong with the line is on the screen, whatever its stations do.
+func TestWallWarnedInBrowser(t *testing.T) {
+	page := browse(t, "--window-size=1280,720", "--dump-dom", wallOf(t).URL+"/warned/2/1/")
+	if !strings.Contains(page, `data-state="running"`) || !strings.Contains(page, "⚠ the list of L1 is overdue<") {
+		t.Errorf("it does not show the warning:\n%s", page)
 	}
 }
 

@@ -1,0 +1,58 @@
+package station
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/panics"
+)
+
+// beside does work now, and then again and again until ctx ends. After a panic it goes on with the next time.
+func (d *Desk) beside(ctx context.Context, every time.Duration, work func(context.Context)) {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	for {
+		d.safely(func() error { work(ctx); return nil })
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// safely does work that logs its errors itself. A panic is counted and logged, and does not end the process.
+func (d *Desk) safely(work func() error) {
+	var err error
+	defer func() {
+		if p := panics.Of(err); p != nil {
+			d.metrics.panics.Inc()
+			d.o.Log.Error("internal error", "error", err, "stack", string(p.Stack))
+		}
+	}()
+	defer panics.Recover(&err)
+	err = work()
+}
+
+// overdue counts and logs that a list of revoked devices was not read, or is not the last one; as often as refused.
+func (d *Desk) overdue(o directory.Overdue) {
+	d.metrics.overdue.WithLabelValues(string(o.Why)).Inc()
+	d.metrics.logged[o.Why].Do(func() {
+		d.o.Log.Warn("a list of revoked devices is overdue", "lot", o.Lot, "why", o.Why, "since", o.Since,
+			"error", o.Cause)
+	})
+}
+
+// warnings says which lists of revoked devices are overdue, and what that means for their lots.
+func (d *Desk) warnings() (all []string) {
+	for _, o := range d.reader.Overdue() {
+		effect := "no device of the lot is handed out until it is read again; the log says why"
+		if o.Why == directory.Late {
+			effect = "devices are handed out by it: run factory lot refresh"
+		}
+		all = append(all, fmt.Sprintf("the list of revoked devices of lot %s is overdue (%s): %s", o.Lot, o.Why, effect))
+	}
+	return all
+}

@@ -1,0 +1,176 @@
+package station
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/testproc"
+	"github.com/kmehsm/kmehsm/kme"
+)
+
+// hiding is a directory that may answer something else for the list of revoked devices of L1.
+type hiding struct {
+	directory.Store
+	mu      sync.Mutex
+	instead func() ([]byte, string, error) // guarded by mu
+}
+
+func (h *hiding) Read(ctx context.Context, path string) ([]byte, string, error) {
+	h.mu.Lock()
+	instead := h.instead
+	h.mu.Unlock()
+	if instead != nil && path == directory.RevocationsPath("L1") {
+		return instead()
+	}
+	return h.Store.Read(ctx, path)
+}
+
+func (h *hiding) answer(instead func() ([]byte, string, error)) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.instead = instead
+}
+
+// text is a log.
+type text struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *text) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *text) take() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	defer l.b.Reset()
+	return l.b.String()
+}
+
+func get(d *Desk, path string) string {
+	w := httptest.NewRecorder()
+	d.Handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+	return w.Body.String()
+}
+
+// stale is how old a list is that the desk reads again.
+const stale = 1100 * time.Millisecond
+
+// A device that was revoked goes to no station, whatever the directory shows instead of the list that says so: the line
+// has seen that list, or the desk itself. This is logged, counted and shown, and is over when the list is back.
+func TestListNotTheLast(t *testing.T) {
+	s := newShop(t, 16)
+	store, logged := &hiding{Store: s.Store}, new(text)
+	s.Store, s.Log = store, slog.New(slog.NewJSONHandler(logged, nil))
+	d := s.open(t)
+	defer func() { d.Close() }()
+	next := 0
+	device := func() kme.IMEI { next++; return s.manifest.IMEI(next - 1) }
+	injected := func(imei kme.IMEI) {
+		t.Helper()
+		if _, err := d.Named(t.Context(), "A", "L1", imei); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Report(t.Context(), "A", "L1", imei, Injected, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	revoked := func(imei kme.IMEI) bool {
+		_, err := d.Named(t.Context(), "A", "L1", imei)
+		return errors.As(err, new(*RefusedError)) && strings.Contains(err.Error(), "is revoked")
+	}
+	shown := func(why directory.Why) {
+		t.Helper()
+		counter := fmt.Sprintf(`kme_station_revocations_overdue_total{why="%s"} [1-9]`, why)
+		if metrics := get(d, "/metrics"); !regexp.MustCompile(counter).MatchString(metrics) {
+			t.Errorf("%s is not counted: %s", why, metrics)
+		}
+		line := fmt.Sprintf(`"msg":"a list of revoked devices is overdue","lot":"L1","why":"%s"`, why)
+		if log := logged.take(); !strings.Contains(log, line) {
+			t.Errorf("%s is not in the log: %s", why, log)
+		}
+		warning := fmt.Sprintf("the list of revoked devices of lot L1 is overdue (%s)", why)
+		if health := get(d, "/healthz"); !strings.HasPrefix(health, "ok\nbut "+warning) {
+			t.Errorf("%s is not on the health page: %s", why, health)
+		}
+		testproc.Await(t, "the wall screen says so", func() bool {
+			var status struct{ Warnings []string }
+			return json.Unmarshal([]byte(get(d, "/v1/status")), &status) == nil && len(status.Warnings) == 1 &&
+				strings.HasPrefix(status.Warnings[0], warning)
+		})
+	}
+	answers := func(jws string, err error) func([]byte) ([]byte, string, error) {
+		return func([]byte) ([]byte, string, error) { return []byte(jws), "1", err }
+	}
+	putBack := func(earlier []byte) ([]byte, string, error) { return earlier, "1", nil }
+	for name, c := range map[string]struct {
+		list func(earlier []byte) ([]byte, string, error)
+		why  directory.Why
+		seen bool // by the desk, and the line has lost its copy
+	}{
+		"withheld":               {list: answers("", directory.ErrNotFound), why: directory.Rollback},
+		"put back":               {list: putBack, why: directory.Rollback},
+		"forged":                 {list: answers("x", nil), why: directory.Rollback},
+		"away":                   {list: answers("", errors.New("away")), why: directory.Failed},
+		"seen by the desk alone": {list: putBack, why: directory.Rollback, seen: true},
+	} {
+		injected(device())
+		stolen, good := device(), device()
+		earlier, _, err := store.Read(t.Context(), directory.RevocationsPath("L1"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.line.Revoke(t.Context(), "L1", []kme.IMEI{stolen}, "stolen", nil); err != nil {
+			t.Fatal(err)
+		}
+		if c.seen {
+			testproc.Await(t, "the desk has seen it", func() bool { return revoked(stolen) })
+			if err := os.RemoveAll(filepath.Join(s.State, "lots")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		store.answer(func() ([]byte, string, error) { return c.list(earlier) })
+		time.Sleep(stale)
+		logged.take()
+		for _, when := range []string{"at once", "after a restart"} {
+			if ticket, err := d.Named(t.Context(), "A", "L1", stolen); err == nil {
+				t.Fatalf("%s, %s: a revoked device was handed out: %+v", name, when, ticket)
+			}
+			if _, err := d.Named(t.Context(), "A", "L1", good); !errors.Is(err, directory.ErrNotCurrent) {
+				t.Errorf("%s, %s: %v", name, when, err)
+			}
+			shown(c.why)
+			if err := d.Close(); err != nil {
+				t.Fatal(err)
+			}
+			d = s.open(t)
+		}
+		store.answer(nil)
+		testproc.Await(t, name+" is over", func() bool {
+			return revoked(stolen) && get(d, "/healthz") == "ok\n"
+		})
+	}
+	// A list that is only late says who was revoked.
+	if _, err := s.line.Refresh(t.Context(), "L1", time.Second, false); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(2 * stale)
+	injected(device())
+	shown(directory.Late)
+}
