@@ -368,7 +368,7 @@ func (r *Reader) List(lot string) ListState {
 }
 
 // Revoked says whether a device of a lot is revoked, by the list in memory, without waiting. Without a list, no device
-// counts as revoked; with a MaxAge, that is an error, and so is a list that is too old.
+// counts as revoked; with a MaxAge, that is an error, and so is a list that is too old, or not Strict's.
 func (r *Reader) Revoked(m *Manifest, imei kme.IMEI) (bool, error) {
 	known, _ := r.known(m.Lot)
 	if err := r.unfit(m.Lot, known); err != nil || known.list == nil {

@@ -1,6 +1,7 @@
 package directory
 
 import (
+	"errors"
 	"strings"
 	"testing"
 	"time"
@@ -10,6 +11,7 @@ import (
 )
 
 // With MaxAge, nothing is said by a list that is older, or was to be replaced longer ago; without, the last one stands.
+// A Strict reader says nothing by a list that is not the last one.
 func TestMaxAge(t *testing.T) {
 	ctx, s := t.Context(), newSigner(t)
 	const age = 100 * time.Millisecond
@@ -36,7 +38,8 @@ func TestMaxAge(t *testing.T) {
 			store, m := newLot(t, s, "L1")
 			strict := following(t, store, s, ReaderOptions{MaxAge: time.Hour}, m)
 			lax := following(t, store, s, ReaderOptions{}, m)
-			for _, r := range []*Reader{strict, lax} {
+			last := following(t, store, s, ReaderOptions{Strict: true}, m)
+			for _, r := range []*Reader{strict, lax, last} {
 				testproc.Await(t, "all is well", func() bool { return r.has("L1") && ask(r, m) == answer{} })
 			}
 			strict.o.MaxAge = age // nobody reads it meanwhile but this goroutine
@@ -50,6 +53,12 @@ func TestMaxAge(t *testing.T) {
 			testproc.Await(t, "the list is overdue", func() bool { return len(lax.Overdue()) == 1 })
 			if a := ask(lax, m); a != (answer{}) {
 				t.Errorf("without MaxAge: %+v", a)
+			}
+			testproc.Await(t, "it is overdue for the Strict one", func() bool { return len(last.Overdue()) == 1 })
+			a, late := ask(last, m), last.Overdue()[0].Why == Late
+			if late && a != (answer{}) || !late && !(errors.Is(a.device, ErrNotCurrent) &&
+				errors.Is(a.revoked, ErrNotCurrent)) {
+				t.Errorf("Strict: %+v", a)
 			}
 		})
 	}

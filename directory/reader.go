@@ -32,8 +32,8 @@ type ReaderOptions struct {
 	// next_update; then lookups of the lot's devices fail. 0: for ever.
 	MaxAge time.Duration
 
-	// Strict: lookups of a lot's devices fail with ErrNotCurrent while its list of revoked devices cannot be read again,
-	// or is refused. One that is only past its next_update stays in use.
+	// Strict: lookups of a lot's devices fail with ErrNotCurrent while its list of revoked devices cannot be read
+	// again, or is refused. One that is only past its next_update stays in use.
 	Strict bool
 
 	// Memory keeps the last good list of each lot across restarts; may be nil.

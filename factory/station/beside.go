@@ -52,7 +52,8 @@ func (d *Desk) warnings() (all []string) {
 		if o.Why == directory.Late {
 			effect = "devices are handed out by it: run factory lot refresh"
 		}
-		all = append(all, fmt.Sprintf("the list of revoked devices of lot %s is overdue (%s): %s", o.Lot, o.Why, effect))
+		const warning = "the list of revoked devices of lot %s is overdue (%s): %s"
+		all = append(all, fmt.Sprintf(warning, o.Lot, o.Why, effect))
 	}
 	return all
 }

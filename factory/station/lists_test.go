@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net/http/httptest"
 	"os"
@@ -140,7 +141,10 @@ func TestListNotTheLast(t *testing.T) {
 			t.Fatal(err)
 		}
 		if c.seen {
-			testproc.Await(t, "the desk has seen it", func() bool { return revoked(stolen) })
+			time.Sleep(stale)
+			if !revoked(stolen) {
+				t.Fatal("the desk has not seen it")
+			}
 			if err := os.RemoveAll(filepath.Join(s.State, "lots")); err != nil {
 				t.Fatal(err)
 			}
@@ -160,6 +164,9 @@ func TestListNotTheLast(t *testing.T) {
 				t.Fatal(err)
 			}
 			d = s.open(t)
+		}
+		if _, err := os.Stat(filepath.Join(s.State, "lots")); c.seen && !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("the desk has written to the line's folder: %v", err)
 		}
 		store.answer(nil)
 		testproc.Await(t, name+" is over", func() bool {

@@ -2,6 +2,9 @@ package station
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -31,10 +34,12 @@ func TestPanicsBeside(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(filepath.Join(injection, "L1", handover.ManifestFile), []byte("{}"), 0o600); err != nil {
+	signer := must(directory.NewSigner(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))))
+	jws := must(signer.Sign(directory.TypeManifest, &directory.Manifest{Lot: "L1"}))
+	if err := os.WriteFile(filepath.Join(injection, "L1", handover.ManifestFile), jws, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// Nothing can be parsed without a verifier, nor written without a database.
+	// No manifest can be verified without a verifier, and nothing written without a database.
 	d := &Desk{o: Options{Injection: injection, Store: panicking{}, Log: slog.New(slog.NewJSONHandler(logged, nil))},
 		lots: map[string]*lot{"L2": {Manifest: &directory.Manifest{Lot: "L2"}}},
 		out:  map[device]*handedOut{{lot: "L1"}: {}}, supply: map[string]int{}}
@@ -59,7 +64,7 @@ func TestPanicsBeside(t *testing.T) {
 		log := logged.take()
 		for _, in := range c.in {
 			if n := strings.Count(log, in); n < 2 || !strings.Contains(log, `"msg":"internal error"`) {
-				t.Errorf("%s is in the log %d times: %s", in, n, log)
+				t.Errorf("%s: %s is in the log %d times: %.3000s", name, in, n, log)
 			}
 		}
 	}
