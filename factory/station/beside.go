@@ -14,7 +14,7 @@ func (d *Desk) beside(ctx context.Context, every time.Duration, work func(contex
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
-		d.safely(func() error { work(ctx); return nil })
+		safely(func() { work(ctx) })
 		select {
 		case <-ctx.Done():
 			return
@@ -23,17 +23,10 @@ func (d *Desk) beside(ctx context.Context, every time.Duration, work func(contex
 	}
 }
 
-// safely does work that logs its errors itself. A panic is counted and logged, and does not end the process.
-func (d *Desk) safely(work func() error) {
-	var err error
-	defer func() {
-		if p := panics.Of(err); p != nil {
-			d.metrics.panics.Inc()
-			d.o.Log.Error("internal error", "error", err, "stack", string(p.Stack))
-		}
-	}()
-	defer panics.Recover(&err)
-	err = work()
+// safely does work that logs its errors itself. A panic does not end the process.
+func safely(work func()) {
+	defer panics.Recover(nil)
+	work()
 }
 
 // overdue counts and logs that a list of revoked devices was not read, or is not the last one; as often as refused.

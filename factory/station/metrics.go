@@ -11,6 +11,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/panics"
 )
 
 // metrics are a desk's. Like the wall screen, they name stations and lots, but no devices.
@@ -18,7 +19,7 @@ type metrics struct {
 	handler  http.Handler
 	refusals *prometheus.CounterVec
 	overdue  *prometheus.CounterVec // by why
-	panics   prometheus.Counter
+	panics   prometheus.CounterFunc
 	logged   map[any]*rate.Sometimes // by the code of a refusal, or by what is wrong with a list
 }
 
@@ -37,14 +38,16 @@ var refusalCodes = []int{http.StatusBadRequest, http.StatusForbidden, http.Statu
 	http.StatusUnsupportedMediaType, http.StatusInternalServerError, http.StatusServiceUnavailable}
 
 func newMetrics(d *Desk) *metrics {
+	before := panics.Count()
 	m := &metrics{logged: map[any]*rate.Sometimes{}, refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "kme_station_refusals_total", Help: "requests that were refused, by status code; 0: no TLS connection"},
 		[]string{"code"}),
 		overdue: prometheus.NewCounterVec(prometheus.CounterOpts{Name: "kme_station_revocations_overdue_total",
 			Help: "tries to read a list of revoked devices that did not give the last one, by what is wrong with it"},
 			[]string{"why"}),
-		panics: prometheus.NewCounter(prometheus.CounterOpts{Name: "kme_station_panics_total",
-			Help: "panics in the work beside the requests"})}
+		panics: prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "kme_station_panics_total",
+			Help: "panics, each of which has ended some work"},
+			func() float64 { return float64(panics.Count() - before) })}
 	for _, code := range append(refusalCodes, 0) {
 		m.refusals.WithLabelValues(strconv.Itoa(code))
 		m.logged[code] = &rate.Sometimes{First: 20, Interval: 5 * time.Second}

@@ -28,7 +28,7 @@ func (panicking) List(context.Context, string) ([]string, error) { panic("in the
 // A panic in the work beside the requests is logged and counted, takes nothing from other work, and the work begins
 // again.
 func TestPanicsBeside(t *testing.T) {
-	logged, injection := new(text), t.TempDir()
+	logged, injection := testproc.Logged(t), t.TempDir()
 	for _, lot := range []string{"L1", "L2"} {
 		if err := os.MkdirAll(filepath.Join(injection, lot), 0o700); err != nil {
 			t.Fatal(err)
@@ -40,7 +40,7 @@ func TestPanicsBeside(t *testing.T) {
 		t.Fatal(err)
 	}
 	// No manifest can be verified without a verifier, and nothing written without a database.
-	d := &Desk{o: Options{Injection: injection, Store: panicking{}, Log: slog.New(slog.NewJSONHandler(logged, nil))},
+	d := &Desk{o: Options{Injection: injection, Store: panicking{}, Log: slog.Default()},
 		lots: map[string]*lot{"L2": {Manifest: &directory.Manifest{Lot: "L2"}}},
 		out:  map[device]*handedOut{{lot: "L1"}: {}}, supply: map[string]int{}}
 	d.metrics = newMetrics(d)
@@ -61,9 +61,9 @@ func TestPanicsBeside(t *testing.T) {
 		testproc.Await(t, name+" begins again", func() bool { return rounds.Load() > 2 })
 		cancel()
 		<-done
-		log := logged.take()
+		log := logged.String()
 		for _, in := range c.in {
-			if n := strings.Count(log, in); n < 2 || !strings.Contains(log, `"msg":"internal error"`) {
+			if n := strings.Count(log, in); n < 2 || !strings.Contains(log, `"msg":"panic"`) {
 				t.Errorf("%s: %s is in the log %d times: %.3000s", name, in, n, log)
 			}
 		}

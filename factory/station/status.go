@@ -197,20 +197,19 @@ func (d *Desk) lineState(ctx context.Context, s *Status) error {
 func (d *Desk) look(ctx context.Context) {
 	entries, _ := os.ReadDir(d.o.Injection) // Status says what is wrong with it
 	for _, e := range entries {
-		d.safely(func() error { // one lot's panic takes no count from the others
+		safely(func() { // one lot's panic takes no count from the others
 			l, err := d.lot(e.Name())
 			if err != nil {
-				return nil
+				return
 			}
 			n, err := d.published(ctx, l)
 			if err != nil {
 				d.o.Log.Warn("nobody can say how many devices are ready", "lot", l.Lot, "error", err)
-				return err
+				return
 			}
 			d.mu.Lock()
 			defer d.mu.Unlock()
 			d.supply[l.Lot] = n
-			return nil
 		})
 	}
 }
