@@ -199,7 +199,6 @@ func (r *Reader) inMemory(lot string) (*Revocations, error) {
 
 // unfit is the error of a list that is older than MaxAge, or is not Strict's.
 func (r *Reader) unfit(lot string, known revocationList) error {
-	now := time.Now()
 	switch {
 	case r.o.Strict && known.err != nil && !errors.As(known.err, new(*lateError)):
 		return fmt.Errorf("%w: lot %s: %w", ErrNotCurrent, lot, known.err)
@@ -208,7 +207,7 @@ func (r *Reader) unfit(lot string, known revocationList) error {
 	case known.list == nil:
 		return fmt.Errorf("the list of revoked devices of lot %s was not read yet, and max_revocation_age is %s",
 			lot, r.o.MaxAge)
-	case now.Sub(known.fetched) > r.o.MaxAge || now.Sub(known.list.NextUpdate) > r.o.MaxAge:
+	case time.Since(known.fetched) > r.o.MaxAge || time.Since(known.list.NextUpdate) > r.o.MaxAge:
 		return fmt.Errorf("the list of revoked devices of lot %s was read %s and was good until %s, and "+
 			"max_revocation_age is %s", lot, known.fetched.UTC().Format(time.RFC3339),
 			known.list.NextUpdate.Format(time.RFC3339), r.o.MaxAge)
@@ -216,9 +215,8 @@ func (r *Reader) unfit(lot string, known revocationList) error {
 	return nil
 }
 
-// Revocations gives a lot's list of revoked devices, as lookups use it. The caller waits if there is none yet, or if
-// the lot is not followed and RevocationTTL has passed. If the store is away then, or its list is refused, the last one
-// stays in use, unless the reader is Strict.
+// Revocations gives a lot's list of revoked devices, as lookups use it. It is read if there is none yet, or if the lot
+// is not followed and RevocationTTL has passed. If that fails, the last one stays in use, unless the reader is Strict.
 func (r *Reader) Revocations(ctx context.Context, m *Manifest) (*Revocations, error) {
 	asked := time.Now().Add(-r.o.RevocationTTL) // a list that another caller reads meanwhile is good enough
 	if list, err := r.inMemory(m.Lot); list != nil {

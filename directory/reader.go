@@ -32,9 +32,7 @@ type ReaderOptions struct {
 	// next_update; then lookups of the lot's devices fail. 0: for ever.
 	MaxAge time.Duration
 
-	// Strict: lookups of a lot's devices fail with ErrNotCurrent while its list of revoked devices cannot be read
-	// again, or is refused. One that is only past its next_update stays in use.
-	Strict bool
+	Strict bool // lookups fail with ErrNotCurrent while a list is refused or cannot be read again; not while it is late
 
 	// Memory keeps the last good list of each lot across restarts; may be nil.
 	Memory Memory

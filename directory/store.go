@@ -28,8 +28,7 @@ var (
 	ErrNotFound = errors.New("not in the directory")
 	// ErrChanged: the object has changed since it was read.
 	ErrChanged = errors.New("changed since it was read")
-	// ErrNotCurrent: a lot's list of revoked devices is not the last one, or cannot be read again; see
-	// ReaderOptions.Strict.
+	// ErrNotCurrent: a lot's list of revoked devices is refused, or cannot be read again; see ReaderOptions.Strict.
 	ErrNotCurrent = errors.New("it is not known which devices are revoked now")
 	// ErrUnavailable: the store cannot be reached, or is sealed; the same call may work later.
 	ErrUnavailable = errors.New("the directory is not available")
