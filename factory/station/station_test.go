@@ -32,7 +32,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 10) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 12) }
 
 // A shop is a line with one lot, L1, provisioned.
 type shop struct {
@@ -384,13 +384,12 @@ func TestReissuedWhileOut(t *testing.T) {
 
 // Of a lot that is revoked no device is handed out, nor is each of them put down as revoked.
 func TestRevokedLot(t *testing.T) {
-	s := newShop(t, 32)
-	d := s.open(t)
-	defer d.Close()
-	ctx := t.Context()
+	s, ctx := newShop(t, 32), t.Context()
 	if err := s.line.RevokeLot(ctx, "L1", "its key has leaked"); err != nil {
 		t.Fatal(err)
 	}
+	d := s.open(t) // now: a list that was read within a second is used
+	defer d.Close()
 	if _, err := d.Next(ctx, "A", "L1"); !errors.As(err, new(*RefusedError)) ||
 		!strings.Contains(err.Error(), "lot L1 is revoked") {
 		t.Error(err)
