@@ -122,7 +122,7 @@ func TestReconcile(t *testing.T) {
 		"the revocations are changed": {func() {
 			write(revocations, must(os.ReadFile(shard)))
 		}, "revocations is refused", true, false},
-		"the revocations are gone": {func() { remove(revocations) }, "it is not there, and the line's copy", true,
+		"the revocations are gone": {func() { remove(revocations) }, "it is not there, and the copy", true,
 			false},
 		"the revocations are changed, and there is no copy": {func() {
 			write(revocations, must(os.ReadFile(shard)))
