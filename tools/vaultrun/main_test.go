@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -25,11 +26,16 @@ func TestMain(m *testing.M) {
 		serve()
 	case os.Getenv("VAULTRUN_TEST") == "where threads end":
 		go func() { main(); os.Exit(0) }()
-		for ended := make(chan bool); ; <-ended {
-			go func() {
-				runtime.LockOSThread() // and so the thread ends with the goroutine
-				ended <- true
-			}()
+		for {
+			var all sync.WaitGroup
+			for range 100 {
+				all.Go(func() {
+					runtime.LockOSThread() // and so the thread ends with the goroutine
+					time.Sleep(10 * time.Millisecond)
+				})
+			}
+			all.Wait()
+			fmt.Fprintln(os.Stderr, "threads have ended")
 		}
 	case os.Getenv("VAULTRUN_TEST") != "":
 		main()
@@ -145,6 +151,10 @@ func TestStop(t *testing.T) {
 // The server lives on when threads of vaultrun end.
 func TestThreadsEnd(t *testing.T) {
 	vaultrun, _ := start(t, "where threads end")
+	before := strings.Count(vaultrun.Log.String(), "threads have ended")
+	testproc.Await(t, "threads end", func() bool {
+		return vaultrun.Ended() || strings.Count(vaultrun.Log.String(), "threads have ended") > before+2
+	})
 	if err := vaultrun.Stop(syscall.SIGTERM); err != nil {
 		t.Errorf("%v\n%s", err, vaultrun.Log)
 	}
