@@ -1,7 +1,6 @@
 package station
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -45,25 +44,6 @@ func (h *hiding) answer(instead func() ([]byte, string, error)) {
 	h.instead = instead
 }
 
-// text is a log.
-type text struct {
-	mu sync.Mutex
-	b  bytes.Buffer
-}
-
-func (l *text) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.b.Write(p)
-}
-
-func (l *text) take() string {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	defer l.b.Reset()
-	return l.b.String()
-}
-
 func get(d *Desk, path string) string {
 	w := httptest.NewRecorder()
 	d.Handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
@@ -77,10 +57,16 @@ const stale = 1100 * time.Millisecond
 // has seen that list, or the desk itself. This is logged, counted and shown, and is over when the list is back.
 func TestListNotTheLast(t *testing.T) {
 	s := newShop(t, 16)
-	store, logged := &hiding{Store: s.Store}, new(text)
+	store, logged, seen := &hiding{Store: s.Store}, new(testproc.Log), 0
 	s.Store, s.Log = store, slog.New(slog.NewJSONHandler(logged, nil))
 	d := s.open(t)
 	defer func() { d.Close() }()
+	take := func() string { // what was logged since
+		from := seen
+		all := logged.String()
+		seen = len(all)
+		return all[from:]
+	}
 	next := 0
 	device := func() kme.IMEI { next++; return s.manifest.IMEI(next - 1) }
 	injected := func(imei kme.IMEI) {
@@ -103,7 +89,7 @@ func TestListNotTheLast(t *testing.T) {
 			t.Errorf("%s is not counted: %s", why, metrics)
 		}
 		line := fmt.Sprintf(`"msg":"a list of revoked devices is overdue","lot":"L1","why":"%s"`, why)
-		if log := logged.take(); !strings.Contains(log, line) {
+		if log := take(); !strings.Contains(log, line) {
 			t.Errorf("%s is not in the log: %s", why, log)
 		}
 		warning := fmt.Sprintf("the list of revoked devices of lot L1 is overdue (%s)", why)
@@ -151,7 +137,7 @@ func TestListNotTheLast(t *testing.T) {
 		}
 		store.answer(func() ([]byte, string, error) { return c.list(earlier) })
 		time.Sleep(stale)
-		logged.take()
+		take()
 		for _, when := range []string{"at once", "after a restart"} {
 			if ticket, err := d.Named(t.Context(), "A", "L1", stolen); err == nil {
 				t.Fatalf("%s, %s: a revoked device was handed out: %+v", name, when, ticket)
