@@ -137,6 +137,7 @@ func wallOf(t *testing.T) *httptest.Server {
 			json.NewEncoder(w).Encode(line(state, stations, lots))
 		}
 	})
+	mux.HandleFunc("/moment", func(http.ResponseWriter, *http.Request) { time.Sleep(20 * time.Millisecond) })
 	mux.HandleFunc("/layout.html", func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "text/html; charset=utf-8")
 		fmt.Fprintf(w, "<!doctype html><meta charset=utf-8><pre id=result></pre><script>%s</script>", layout)

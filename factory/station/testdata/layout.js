@@ -119,7 +119,12 @@ function look(frame, stations, lots, wrong) {
       [frame.width, frame.height] = size;
       const chart = frame.contentDocument.getElementById('hour');
       const drawn = () => Math.abs(chart.viewBox.baseVal.height - chart.getBoundingClientRect().height) < 1;
-      for (let i = 0; i < 400 && !drawn(); i++) await new Promise(r => setTimeout(r, 20));
+      // Timers run in virtual time, which stands still while an answer is awaited: what is drawn needs both.
+      for (let i = 0; i < 1500 && !drawn(); i++) {
+        await fetch('/moment');
+        await new Promise(r => setTimeout(r, 20));
+      }
+      if (!drawn()) wrong('the chart has the size of another screen');
       look(frame, c.stations, c.lots, wrong);
       pages++;
     }
