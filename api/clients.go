@@ -194,12 +194,12 @@ func (c *Clients) add(e *Client) (wrong []error) {
 	}
 	for _, r := range e.Roles {
 		if !slices.Contains(roles, r) {
-			no("there is no role %q: hss, eir, admin, monitor, metrics, kme-export", r)
+			no("roles has %q, which is none of hss, eir, admin, monitor, metrics and kme-export", r)
 		}
 	}
 	for _, p := range e.PLMNs {
 		if p != all && !isPLMN(p) {
-			no("%q is no PLMN: MCC and MNC, 5 or 6 digits, or all", p)
+			no("plmns has %q, which is neither all nor a PLMN: MCC and MNC, 5 or 6 digits", p)
 		}
 	}
 	for i, p := range e.ProvisionFrom {

@@ -176,8 +176,6 @@ func (b *base) RemoveLotKey(ctx context.Context, k Key) error {
 // RememberLotKeys finds the keys of all lots at once, and says how many there are. It saves the search at each lot's
 // first payload, and changes nothing else.
 func (t *OperatorToken) RememberLotKeys(ctx context.Context) (n int, err error) {
-	n, err = keyop.RememberPrivateKeys(t.hsm, func(f func(*p11.Session) error) error {
-		return t.hsm.With(ctx, "look for a key", f)
-	})
+	n, err = keyop.RememberPrivateKeys(ctx, t.hsm)
 	return n, p11.Explain("look for the keys of all lots", err)
 }

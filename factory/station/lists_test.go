@@ -135,9 +135,9 @@ func TestListNotTheLast(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
+		take()
 		store.answer(func() ([]byte, string, error) { return c.list(earlier) })
 		time.Sleep(stale)
-		take()
 		for _, when := range []string{"at once", "after a restart"} {
 			if ticket, err := d.Named(t.Context(), "A", "L1", stolen); err == nil {
 				t.Fatalf("%s, %s: a revoked device was handed out: %+v", name, when, ticket)

@@ -1,6 +1,7 @@
 package keyop
 
 import (
+	"context"
 	"fmt"
 	"slices"
 
@@ -76,16 +77,13 @@ func Destroy(t *p11.Token, s *p11.Session, class uint, k keyspec.Key) error {
 }
 
 // RememberPrivateKeys finds all private keys at once: some tokens, as SoftHSM, read all their objects for each search.
-// Keys that Find would refuse are left out. f runs a short part of the work with a session, and is called several
-// times.
-func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (n int, err error) {
-	const together = 100
-	var all []pkcs11.ObjectHandle
+// Keys that Find would refuse are left out. It gives the session back between short parts of the work.
+func RememberPrivateKeys(ctx context.Context, t *p11.Token) (n int, err error) {
+	const together, operation = 100, "look for a key"
 	epoch := t.Epoch()
-	err = f(func(s *p11.Session) (err error) {
-		all, err = s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
+	all, err := p11.Do(ctx, t, operation, func(s *p11.Session) ([]pkcs11.ObjectHandle, error) {
+		return s.Find(ck.Attributes{ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY),
 			ck.Attr(pkcs11.CKA_TOKEN, true)})
-		return err
 	})
 	if err != nil {
 		return 0, err
@@ -97,19 +95,22 @@ func RememberPrivateKeys(t *p11.Token, f func(func(*p11.Session) error) error) (
 	}
 	byID := map[string]named{}
 	for some := range slices.Chunk(all, together) {
-		err := f(func(s *p11.Session) error {
+		attributes, err := p11.Do(ctx, t, operation, func(s *p11.Session) (all [][][]byte, err error) {
 			for _, h := range some {
 				a, err := s.Get(h, pkcs11.CKA_ID, pkcs11.CKA_PRIVATE)
 				if err != nil {
-					return err
+					return nil, err
 				}
-				id := string(a[0])
-				byID[id] = named{handle: h, objects: byID[id].objects + 1, private: ck.IsTrue(a[1])}
+				all = append(all, a)
 			}
-			return nil
+			return all, nil
 		})
 		if err != nil {
 			return 0, err
+		}
+		for i, a := range attributes {
+			id := string(a[0])
+			byID[id] = named{handle: some[i], objects: byID[id].objects + 1, private: ck.IsTrue(a[1])}
 		}
 	}
 	for id, k := range byID {

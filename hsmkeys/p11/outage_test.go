@@ -207,7 +207,7 @@ func TestWaitAndWorkApart(t *testing.T) {
 	o := &observed{worked: map[string][]time.Duration{}, failed: map[string]int{}}
 	token := openToken(t, softhsmtest.Operator(t), Options{Observer: o})
 	free := holdAll(token)
-	const hold = time.Second
+	const hold = 2 * time.Second
 	ctx, cancel := context.WithTimeout(t.Context(), hold/2)
 	defer cancel()
 	if _, err := find(ctx, token, "anything"); !errors.Is(err, context.DeadlineExceeded) {

@@ -96,6 +96,8 @@ func TestRefused(t *testing.T) {
 		"vault: {role: i}":    "line 1: vault.role: there is no such setting: did you mean vault.role_id?",
 		"shardsize: 2":        "line 1: shardsize: there is no such setting: did you mean shard_size?",
 		"state: s\nbits: x":   "line 2: bits: must be 2048, 3072 or 4096, not \"x\"",
+
+		"vault: {secret_id_wrapped: true}": "line 1: vault: only an AppRole's secret id can be wrapped",
 	} {
 		if _, r := Read(write(t, text), nil); r.Err() == nil || !strings.Contains(r.Err().Error(), want) {
 			t.Errorf("%s: %v, want %s", text, r.Err(), want)

@@ -104,6 +104,7 @@ func TestGivenUp(t *testing.T) {
 			return second(t.o.DecryptRAND(ctx, sealed, [16]byte{}))
 		}},
 		{"Has", "C_FindObjects", func(t tokens) error { return second(t.o.Has(ctx, none)) }},
+		{"RememberLotKeys", "C_GetAttributeValue", func(t tokens) error { return second(t.o.RememberLotKeys(ctx)) }},
 		{"TransportKeys", "C_GetAttributeValue", func(t tokens) error { return second(t.o.TransportKeys(ctx)) }},
 		{"NewTransportKey", "C_GenerateKeyPair", func(t tokens) error { return second(t.o.NewTransportKey(ctx)) }},
 		{"UnwrapKEK", "C_UnwrapKey", func(t tokens) error { return t.o.UnwrapKEK(ctx, kek, transport, enrolment) }},

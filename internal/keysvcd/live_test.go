@@ -133,7 +133,7 @@ func TestReloadFails(t *testing.T) {
 		{"no YAML", "clients: [", nil, "yaml"},
 		{"an unknown setting", siteBase + newClients + "listne: x\n", nil, "listne: there is no such setting"},
 		{"no clients", siteBase, nil, "listen needs clients"},
-		{"a bad list of clients", siteBase + strings.Replace(newClients, "hss", "root", 1), nil, `no role "root"`},
+		{"a bad list of clients", siteBase + strings.Replace(newClients, "hss", "root", 1), nil, `roles has "root"`},
 		{"two of one certificate", siteBase + newClients[:len(newClients)-2] +
 			", {name: x, san: other.example, roles: [hss], plmns: [all]}]\n", nil, "another client has the same"},
 		{"no certificate", strings.Replace(siteBase, "a.pem", "nope.pem", 1) + newClients, nil, "server's certificate"},
