@@ -382,7 +382,7 @@ func TestMemory(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if n := memory.count(); n != 1 || memory.asked != 6 { // at each read, and once after it was noted
+	if n := memory.count(); n != 1 || memory.asked != 7 { // at each read, and twice as it was noted
 		t.Errorf("one list was noted %d times, and asked for %d times", n, memory.asked)
 	}
 	revoke(1)

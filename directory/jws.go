@@ -246,6 +246,18 @@ func (v *Verifier) Verify(typ Type, object string, jws []byte, into any) error {
 	return err
 }
 
+// checked gives an object that Verify and check take.
+func checked[T any](v *Verifier, typ Type, object string, jws []byte, check func(*T) error) (*T, error) {
+	of := new(T)
+	if err := v.Verify(typ, object, jws, of); err != nil {
+		return nil, err
+	}
+	if err := check(of); err != nil {
+		return nil, refused(object, "%v", err)
+	}
+	return of, nil
+}
+
 func (v *Verifier) verify(typ Type, object string, jws []byte, into any) (payload []byte, err error) {
 	parsed, err := parseJWS(jws)
 	if err != nil {
@@ -275,20 +287,15 @@ func (v *Verifier) verify(typ Type, object string, jws []byte, into any) (payloa
 
 // Manifest verifies a lot's manifest.
 func (v *Verifier) Manifest(lot string, jws []byte) (*Manifest, error) {
-	m, object := new(Manifest), ManifestPath(lot)
-	if err := v.Verify(TypeManifest, object, jws, m); err != nil {
-		return nil, err
-	}
-	if m.Lot != lot {
-		return nil, refused(object, "it is the manifest of lot %q", m.Lot)
-	}
-	if m.Manufacturer != v.keyID {
-		return nil, refused(object, "it names manufacturer %q, and is signed by %q", m.Manufacturer, v.keyID)
-	}
-	if err := m.Validate(); err != nil {
-		return nil, refused(object, "%v", err)
-	}
-	return m, nil
+	return checked(v, TypeManifest, ManifestPath(lot), jws, func(m *Manifest) error {
+		if m.Lot != lot {
+			return fmt.Errorf("it is the manifest of lot %q", m.Lot)
+		}
+		if m.Manufacturer != v.keyID {
+			return fmt.Errorf("it names manufacturer %q, and is signed by %q", m.Manufacturer, v.keyID)
+		}
+		return m.Validate()
+	})
 }
 
 // Publish signs an object and creates it in the store, as PublishSigned does.
@@ -307,10 +314,8 @@ func PublishSigned(ctx context.Context, store Store, path string, v *Verifier, t
 	if !errors.As(err, new(*ConflictError)) {
 		return err
 	}
-	if same, serr := Published(ctx, store, path, v, typ, jws); serr != nil {
+	if same, serr := Published(ctx, store, path, v, typ, jws); serr != nil || !same {
 		return errors.Join(err, serr)
-	} else if !same {
-		return err
 	}
 	return nil
 }

@@ -84,6 +84,10 @@ type revocationList struct {
 	err     error // of the last try, or that the list is late
 }
 
+func (l revocationList) mark() ListMark { return ListMark{Version: l.list.Version, SHA256: l.sum[:]} }
+
+func (l revocationList) failed() bool { return l.err != nil && !errors.As(l.err, new(*lateError)) }
+
 // Follow reads the lists of revoked devices of these lots now and every RevocationTTL, in the background. It replaces
 // an earlier Follow, and goes on until the next one; without lots it ends.
 func (r *Reader) Follow(lots []*Manifest) {
@@ -130,35 +134,54 @@ func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
 	return r.refresh(ctx, m, time.Now())
 }
 
-// refresh is Refresh, unless the list was read after asked.
+// refresh is Refresh, unless another good read has begun since asked.
 func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) error {
+	begun := time.Now()
 	short, cancel := context.WithTimeout(ctx, r.o.ReadTimeout)
 	defer cancel()
-	_, err := r.load(short, m, asked)
+	_, err := flight.Do(short, &r.flights, RevocationsPath(m.Lot), func(ctx context.Context) (none bool, err error) {
+		last, _ := r.known(m.Lot)
+		if last.list != nil && !last.failed() && last.tried.After(asked) {
+			return none, nil
+		}
+		next, err := r.nextList(ctx, m, last)
+		if err != nil {
+			r.failed(m.Lot, begun, r.flights.InTime(err))
+		} else {
+			r.mu.Lock()
+			r.replace(m.Lot, next)
+		}
+		return none, err
+	})
 	if ctx.Err() != nil {
-		return ctx.Err() // the caller does not wait any more
+		return err // the caller does not wait any more
+	}
+	if err != nil {
+		r.failed(m.Lot, begun, err) // if the read has not ended by itself
 	}
 	known, _ := r.known(m.Lot)
-	var kept revocationList
-	if err != nil && known.list == nil && r.o.Memory != nil {
-		kept, err = r.recall(ctx, m, err)
-	}
+	return known.err
+}
+
+// failed keeps the error of a read that has begun then, unless a later result is there.
+func (r *Reader) failed(lot string, begun time.Time, err error) {
 	r.mu.Lock()
-	known = r.revocations[m.Lot]
-	if err == nil {
-		err = known.err // it was accepted, and is late
+	known := r.revocations[lot]
+	if known.tried.After(begun) {
+		r.mu.Unlock()
 	} else {
-		if known.list == nil {
-			known = kept
-		}
 		known.tried, known.err = time.Now(), err
-		r.revocations[m.Lot] = known
+		r.replace(lot, known)
 	}
+}
+
+// replace replaces a lot's list, unlocks r.mu, and tells what is wrong with the list.
+func (r *Reader) replace(lot string, list revocationList) {
+	r.revocations[lot] = list
 	r.mu.Unlock()
-	if err != nil && r.o.Overdue != nil {
-		r.o.Overdue(overdueFor(m.Lot, known.fetched, err))
+	if list.err != nil && r.o.Overdue != nil {
+		r.o.Overdue(overdueFor(lot, list.fetched, list.err))
 	}
-	return err
 }
 
 // known is the last list of a lot, and whether Follow has the lot.
@@ -169,22 +192,14 @@ func (r *Reader) known(lot string) (list revocationList, followed bool) {
 }
 
 // recall gives the last good list of before a restart, if the Memory has a copy. Its age counts from its ThisUpdate.
-// err is failed, or a panic.
-func (r *Reader) recall(ctx context.Context, m *Manifest, failed error) (kept revocationList, err error) {
-	defer panics.Recover(&err) // on Follow's goroutine, it would end the process
-	mark, found, err := r.o.Memory.Last(ctx, m.Lot)
-	if err != nil || !found {
-		return kept, failed
-	}
+func (r *Reader) recall(m *Manifest, mark ListMark) (kept revocationList) {
 	jws, err := r.o.Memory.Kept(m.Lot)
-	sum := sha256.Sum256(jws)
-	if err != nil || !bytes.Equal(sum[:], mark.SHA256) {
-		return kept, failed
+	if sum := sha256.Sum256(jws); err == nil && bytes.Equal(sum[:], mark.SHA256) {
+		if list, err := parseRevocations(r.verifier, m, jws); err == nil {
+			return revocationList{list: list, sum: sum, noted: true, fetched: list.ThisUpdate}
+		}
 	}
-	if list, err := parseRevocations(r.verifier, m, jws); err == nil {
-		kept = revocationList{list: list, sum: sum, noted: true, fetched: list.ThisUpdate}
-	}
-	return kept, failed
+	return kept
 }
 
 // inMemory gives the list if it may be used without reading it again; else nil. The list of a lot that is not followed
@@ -200,7 +215,7 @@ func (r *Reader) inMemory(lot string) (*Revocations, error) {
 // unfit is the error of a list that is older than MaxAge, or is not Strict's.
 func (r *Reader) unfit(lot string, known revocationList) error {
 	switch {
-	case r.o.Strict && known.err != nil && !errors.As(known.err, new(*lateError)):
+	case r.o.Strict && known.failed():
 		return fmt.Errorf("%w: lot %s: %w", ErrNotCurrent, lot, known.err)
 	case r.o.MaxAge == 0:
 		return nil
@@ -222,9 +237,8 @@ func (r *Reader) Revocations(ctx context.Context, m *Manifest) (*Revocations, er
 	if list, err := r.inMemory(m.Lot); list != nil {
 		return list, err
 	}
-	r.refresh(ctx, m, asked) // what has failed is known then
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
+	if err := r.refresh(ctx, m, asked); err != nil && ctx.Err() != nil {
+		return nil, err
 	}
 	known, _ := r.known(m.Lot)
 	if known.list == nil && !r.o.Strict {
@@ -233,65 +247,87 @@ func (r *Reader) Revocations(ctx context.Context, m *Manifest) (*Revocations, er
 	return known.list, r.unfit(m.Lot, known)
 }
 
-// load reads a lot's list and replaces the last one, unless another read has ended since the caller asked.
-func (r *Reader) load(ctx context.Context, m *Manifest, asked time.Time) (*Revocations, error) {
-	return flight.Do(ctx, &r.flights, RevocationsPath(m.Lot), func(ctx context.Context) (*Revocations, error) {
-		last, _ := r.known(m.Lot)
-		if last.list != nil && last.fetched.After(asked) {
-			return last.list, nil
+// nextList reads a lot's list, which must be the last one or a later one, also of those that other processes noted.
+func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList) (next revocationList, err error) {
+	defer panics.Recover(&err) // whatever the store and the Memory do, the last list stays in use
+	if r.o.Memory == nil {
+		next, _, err = r.readList(ctx, m, last)
+		return next, err
+	}
+	noted, _, away := r.o.Memory.Last(ctx, m.Lot) // before the read: what is noted meanwhile may be later
+	if last.list == nil && away != nil {
+		return next, away
+	} else if last.list == nil {
+		if last = r.recall(m, noted); last.list != nil {
+			r.mu.Lock()
+			r.replace(m.Lot, last) // while the store is silent
 		}
-		next, err := r.nextList(ctx, m, last)
+	}
+	for range 4 { // another process may note another one
+		next, jws, err := r.readList(ctx, m, last)
 		if err != nil {
-			return nil, err
+			return next, err
 		}
-		r.mu.Lock()
-		r.revocations[m.Lot] = next
-		r.mu.Unlock()
-		return next.list, nil
-	})
+		if away != nil {
+			next.fetched, next.err = last.fetched, fmt.Errorf("it may not be the last one that was noted: %w", away)
+			return next, nil
+		}
+		mark := next.mark()
+		if err := mark.follows(RevocationsPath(m.Lot), noted); err != nil {
+			return next, err
+		}
+		if mark.Version > noted.Version {
+			was := noted.Version
+			if noted, _, err = r.o.Memory.Last(ctx, m.Lot); err == nil && noted.Version == was {
+				if err = r.o.Memory.Note(ctx, m.Lot, mark); err == nil {
+					noted, _, err = r.o.Memory.Last(ctx, m.Lot)
+				}
+			}
+		}
+		switch {
+		case err != nil && last.list == nil:
+			return next, err
+		case err == nil && !bytes.Equal(mark.SHA256, noted.SHA256):
+			continue
+		case err == nil && !next.noted:
+			err = r.o.Memory.Keep(m.Lot, jws)
+			next.noted = err == nil
+		}
+		if err != nil { // a later list is used even if the Memory cannot be written
+			next.err = fmt.Errorf("the list was accepted, and would be forgotten at a restart: %w", err)
+		}
+		return next, nil
+	}
+	return next, errors.New("other processes note other lists again and again")
 }
 
-// nextList reads a lot's list, which must be the last one or a later one.
-func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList) (next revocationList, err error) {
-	defer panics.Recover(&err)                      // whatever the store returns, the last list stays in use
+// readList reads a lot's list, which must be the last one of this process or a later one.
+func (r *Reader) readList(ctx context.Context, m *Manifest, last revocationList) (next revocationList, jws []byte,
+	err error) {
 	path, now := RevocationsPath(m.Lot), time.Now() // before the read: what is published meanwhile may not be in it
-	jws, _, err := r.store.Read(ctx, path)
+	jws, _, err = r.store.Read(ctx, path)
 	if err != nil {
-		return next, err
+		return next, jws, err
 	}
 	next = revocationList{sum: sha256.Sum256(jws), fetched: now, tried: now}
 	if last.list != nil && next.sum == last.sum {
 		next.list, next.noted = last.list, last.noted
 	} else if next.list, err = parseRevocations(r.verifier, m, jws); err != nil {
-		return next, err
+		return next, jws, err
 	}
-	mark := ListMark{Version: next.list.Version, SHA256: next.sum[:]}
 	if was := last.list; was != nil {
-		if err := mark.follows(path, ListMark{Version: was.Version, SHA256: last.sum[:]}); err != nil {
-			return next, err
+		if err := next.mark().follows(path, last.mark()); err != nil {
+			return next, jws, err
 		}
 		if was.Whole != nil && next.list.Whole == nil {
-			return next, rolledBack(path, "it does not revoke the whole lot, as version %d does, which is for good: "+
-				askWhy, was.Version)
+			return next, jws, rolledBack(path, "it does not revoke the whole lot, as version %d does, which is for "+
+				"good: "+askWhy, was.Version)
 		}
 	}
-	if r.o.Memory != nil { // also for the list as it was: another process may have noted a later one since
-		err := r.remember(ctx, m.Lot, path, mark)
-		if errors.As(err, new(*RefusedError)) || err != nil && last.list == nil {
-			return next, err
-		}
-		if err == nil && !next.noted {
-			err = r.o.Memory.Keep(m.Lot, jws)
-			next.noted = err == nil
-		}
-		if !next.noted { // a later list is used even if the Memory cannot be written
-			next.err = fmt.Errorf("the list was accepted, and would be forgotten at a restart: %w", err)
-		}
-	}
-	if late := next.list.Overdue(now); next.err == nil && late != nil {
+	if late := next.list.Overdue(now); late != nil {
 		next.err = &lateError{error: late}
 	}
-	return next, nil
+	return next, jws, nil
 }
 
 // follows refuses a list that is earlier than last, or a different one of the same version.
@@ -305,28 +341,6 @@ func (l ListMark) follows(path string, last ListMark) error {
 
 func rolledBack(object, format string, args ...any) error {
 	return &RefusedError{Object: object, Reason: fmt.Sprintf(format, args...), Rollback: true}
-}
-
-// remember notes a list in the Memory, unless it was noted last. It refuses the list if another process has noted a
-// later one, also at the same time.
-func (r *Reader) remember(ctx context.Context, lot, path string, mark ListMark) error {
-	for tries := 0; ; tries++ {
-		last, found, err := r.o.Memory.Last(ctx, lot)
-		if err != nil {
-			return err
-		}
-		if found {
-			if err := mark.follows(path, last); err != nil || mark.Version == last.Version {
-				return err
-			}
-		}
-		if tries == 3 {
-			return errors.New("what was noted of it is not there")
-		}
-		if err := r.o.Memory.Note(ctx, lot, mark); err != nil {
-			return err
-		}
-	}
 }
 
 // Overdue gives the lists of revoked devices whose last try to read them has failed, or that are late.

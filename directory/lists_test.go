@@ -144,3 +144,103 @@ func TestMemoryPanics(t *testing.T) {
 		return len(all) == 1 && all[0].Why == Failed && panics.Of(all[0].Cause) != nil
 	})
 }
+
+// A meanwhile does something when it has read.
+type meanwhile struct {
+	Store
+	do atomic.Pointer[func(context.Context)]
+}
+
+func (m *meanwhile) Read(ctx context.Context, path string) ([]byte, string, error) {
+	data, version, err := m.Store.Read(ctx, path)
+	if do := m.do.Load(); do != nil {
+		(*do)(ctx)
+	}
+	return data, version, errors.Join(err, ctx.Err())
+}
+
+// A list that is replaced, and noted by another process, while it is read is not put back: nobody is told that it is.
+func TestNotedMeanwhile(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	files, m := newLot(t, s, "L1")
+	memory := &notes{marks: map[string][]ListMark{}}
+	reader := func(store Store, o ReaderOptions) *Reader {
+		o.RevocationTTL, o.Memory = time.Nanosecond, memory
+		return NewReader(store, NewVerifier(s.Public()), o)
+	}
+	store := &meanwhile{Store: files}
+	one := reader(store, ReaderOptions{Overdue: func(o Overdue) { t.Errorf("told: %+v", o) }})
+	another := reader(files, ReaderOptions{})
+	for i := range 3 { // of the first, nothing is noted yet
+		revoke := func(ctx context.Context) {
+			store.do.Store(nil)
+			if err := errors.Join(Revoke(ctx, files, s, m, []kme.IMEI{m.IMEI(i)}, "stolen", time.Now(), nil),
+				another.Refresh(ctx, m)); err != nil {
+				t.Error(err)
+			}
+		}
+		store.do.Store(&revoke)
+		for range 2 {
+			if err := one.Refresh(ctx, m); err != nil {
+				t.Error(err)
+			}
+		}
+		if !must.Get[bool](t)(one.Revoked(m, m.IMEI(i))) || one.List("L1") != (ListState{Lot: "L1", Version: i + 2,
+			Read: one.List("L1").Read, NextUpdate: one.List("L1").NextUpdate}) {
+			t.Errorf("revocation %d: %+v", i, one.List("L1"))
+		}
+	}
+	if n := memory.count(); n != 3 {
+		t.Errorf("%d notes of three lists: %v", n, memory.marks)
+	}
+}
+
+// A list that the Memory cannot be asked about does not count as read: another process may have noted a later one.
+func TestMemoryAway(t *testing.T) {
+	ctx, s := t.Context(), newSigner(t)
+	store, m := newLot(t, s, "L1")
+	memory := &notes{marks: map[string][]ListMark{}}
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: time.Nanosecond, Memory: memory})
+	if err := r.Refresh(ctx, m); err != nil {
+		t.Fatal(err)
+	}
+	read := r.List("L1").Read
+	memory.fail(errDown)
+	if err := r.Refresh(ctx, m); !errors.Is(err, errDown) || r.List("L1").Read != read || len(r.Overdue()) != 1 {
+		t.Errorf("%v, %+v, read %v before", err, r.List("L1"), read)
+	}
+	memory.fail(nil)
+	if err := r.Refresh(ctx, m); err != nil || !r.List("L1").Read.After(read) || len(r.Overdue()) != 0 {
+		t.Errorf("%v, %+v, read %v before", err, r.List("L1"), read)
+	}
+}
+
+// A lookup that waits for a store in vain says that the store is not available, and the list is overdue, which is told
+// once for all who wait.
+func TestListIsSilent(t *testing.T) {
+	s := newSigner(t)
+	files, m := newLot(t, s, "L1")
+	store := &meanwhile{Store: files}
+	var told atomic.Int64
+	r := NewReader(store, NewVerifier(s.Public()), ReaderOptions{RevocationTTL: 300 * time.Millisecond, Strict: true,
+		ReadTimeout: 200 * time.Millisecond, Overdue: func(Overdue) { told.Add(1) }})
+	testproc.Await(t, "the shard is in memory", func() bool {
+		_, err := r.Device(t.Context(), m, m.IMEI(0))
+		return err == nil
+	})
+	time.Sleep(r.o.RevocationTTL)
+	told.Store(0)
+	var reads atomic.Int64
+	hang := func(ctx context.Context) { reads.Add(1); <-ctx.Done() }
+	store.do.Store(&hang)
+	errs := make(chan error)
+	for range 3 {
+		go func() { _, err := r.Device(t.Context(), m, m.IMEI(0)); errs <- err }()
+	}
+	for range 3 {
+		if err := <-errs; !errors.Is(err, ErrUnavailable) && !errors.Is(err, ErrNotCurrent) {
+			t.Error(err)
+		}
+	}
+	testproc.Await(t, "the list is overdue", func() bool { return len(r.Overdue()) == 1 && told.Load() == reads.Load() })
+}

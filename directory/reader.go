@@ -32,10 +32,8 @@ type ReaderOptions struct {
 	// next_update; then lookups of the lot's devices fail. 0: for ever.
 	MaxAge time.Duration
 
-	Strict bool // lookups fail with ErrNotCurrent while a list is refused or cannot be read again; not while it is late
-
-	// Memory keeps the last good list of each lot across restarts; may be nil.
-	Memory Memory
+	Strict bool   // lookups fail with ErrNotCurrent while a list is refused or cannot be read; not while it is late
+	Memory Memory // keeps the last good list of each lot across restarts; may be nil
 
 	// Overdue is called whenever a lot's list of revoked devices cannot be read again, is refused or is past its
 	// next_update; may be nil.
@@ -103,18 +101,11 @@ func (r *Reader) Manifests(ctx context.Context) ([]*Manifest, error) {
 
 // ReadShard reads a shard from the store, not from the cache.
 func (r *Reader) ReadShard(ctx context.Context, m *Manifest, n int) (*Shard, error) {
-	s, path := new(Shard), ShardPath(m.Lot, n)
-	jws, _, err := r.store.Read(ctx, path)
+	jws, _, err := r.store.Read(ctx, ShardPath(m.Lot, n))
 	if err != nil {
 		return nil, err
 	}
-	if err := r.verifier.Verify(TypeShard, path, jws, s); err != nil {
-		return nil, err
-	}
-	if err := s.check(m, n); err != nil {
-		return nil, refused(path, "%v", err)
-	}
-	return s, nil
+	return checked(r.verifier, TypeShard, ShardPath(m.Lot, n), jws, func(s *Shard) error { return s.check(m, n) })
 }
 
 // A Device is what the directory says about a device.

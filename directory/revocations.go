@@ -246,14 +246,7 @@ func readRevocations(ctx context.Context, store Store, v *Verifier, m *Manifest)
 }
 
 func parseRevocations(v *Verifier, m *Manifest, jws []byte) (*Revocations, error) {
-	list, path := new(Revocations), RevocationsPath(m.Lot)
-	if err := v.Verify(TypeRevocations, path, jws, list); err != nil {
-		return nil, err
-	}
-	if err := list.check(m); err != nil {
-		return nil, refused(path, "%v", err)
-	}
-	return list, nil
+	return checked(v, TypeRevocations, RevocationsPath(m.Lot), jws, func(l *Revocations) error { return l.check(m) })
 }
 
 const askWhy = "ask whoever runs the store why"
@@ -287,13 +280,11 @@ func readPart(ctx context.Context, store Store, v *Verifier, m *Manifest, n int,
 	case err != nil:
 		return nil, err
 	}
-	p := &storedPart{sum: sha256.Sum256(jws), size: len(jws), version: version}
-	if err := v.Verify(TypeRevocationPart, path, jws, &p.RevocationPart); err != nil {
+	part, err := checked(v, TypeRevocationPart, path, jws, func(p *RevocationPart) error { return p.check(m, n) })
+	if err != nil {
 		return nil, err
 	}
-	if err := p.check(m, n); err != nil {
-		return nil, refused(path, "%v", err)
-	}
+	p := &storedPart{RevocationPart: *part, sum: sha256.Sum256(jws), size: len(jws), version: version}
 	if ref != nil && !p.satisfies(ref) {
 		return nil, refused(path, "it has version %d, and is not what the list of revocations has as version %d: "+
 			askWhy, p.Version, ref.Version)
