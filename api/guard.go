@@ -141,10 +141,11 @@ func fits(r *http.Request) bool {
 		encoding, prefix = "Grpc-Encoding", 5 // a flag and the length
 	}
 	packed := r.Header.Get(encoding) == "gzip"
-	if r.ContentLength > maxRequest || r.ContentLength >= 0 && !packed {
-		return r.ContentLength <= maxRequest
+	most := int64(maxRequest + prefix)
+	if r.ContentLength > most || r.ContentLength >= 0 && !packed {
+		return r.ContentLength <= most
 	}
-	body, _ := io.ReadAll(io.LimitReader(r.Body, maxRequest+1)) // whoever reads on gets the error, too
+	body, _ := io.ReadAll(io.LimitReader(r.Body, most+1)) // whoever reads on gets the error, too
 	if packed && len(body) > prefix {
 		if z, err := gzip.NewReader(bytes.NewReader(body[prefix:])); err == nil {
 			if n, _ := io.CopyN(io.Discard, z, maxRequest+1); n > maxRequest {
@@ -156,7 +157,7 @@ func fits(r *http.Request) bool {
 		io.Reader
 		io.Closer
 	}{Reader: io.MultiReader(bytes.NewReader(body), r.Body), Closer: r.Body}
-	return len(body) <= maxRequest
+	return int64(len(body)) <= most
 }
 
 // For serves pages to clients that have a role. Their requests are authenticated, refused, limited and logged as calls

@@ -242,5 +242,7 @@ func TestListIsSilent(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	testproc.Await(t, "the list is overdue", func() bool { return len(r.Overdue()) == 1 && told.Load() == reads.Load() })
+	testproc.Await(t, "the list is overdue, and told once for each read", func() bool {
+		return len(r.Overdue()) == 1 && told.Load() == reads.Load()
+	})
 }

@@ -51,18 +51,26 @@ descendants() {
 	cat "/proc/$1/task/"*/children 2>/dev/null | tr ' ' '\n' | while read -r pid; do descendants "$pid"; done
 }
 
-# hand_on SIGNAL
-hand_on() { descendants "$running" | xargs kill "-$1" 2>/dev/null || true; }
+# hand_on SIGNAL: to the command, or when it has begun
+running='' early=''
+hand_on() {
+	if [ -z "$running" ]; then
+		early=$1
+	else
+		descendants "$running" | xargs kill "-$1" 2>/dev/null || true
+	fi
+}
 
 # run COMMAND...: runs it in the background, because a trap waits for what runs in the foreground; but in the process
 # group that has the terminal.
 run() {
 	local status=0
-	(trap - INT QUIT && exec "$@") <&0 {ticks}>&- &
-	running=$!
 	trap 'hand_on INT' INT
 	trap 'hand_on TERM' TERM
 	trap 'hand_on HUP' HUP
+	(trap - INT QUIT && exec "$@") <&0 {ticks}>&- &
+	running=$!
+	[ -z "$early" ] || hand_on "$early"
 	wait "$running" || status=$?
 	while kill -0 "$running" 2>/dev/null; do # a signal has ended wait
 		status=0

@@ -198,7 +198,10 @@ func (h *History) write(ctx context.Context, first Sighting) {
 }
 
 func (h *History) forget(ctx context.Context) {
-	n, err := h.o.Store.Forget(ctx, h.o.Now().Add(-h.o.Keep), h.o.Most)
+	n, err := func() (n int, err error) {
+		defer panics.Recover(&err)
+		return h.o.Store.Forget(ctx, h.o.Now().Add(-h.o.Keep), h.o.Most)
+	}()
 	if err != nil && ctx.Err() == nil {
 		h.o.Log.Error("old sightings of subscriptions with devices were not removed", "cause", err.Error())
 	} else if n > 0 {

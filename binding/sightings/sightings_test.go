@@ -17,7 +17,7 @@ import (
 
 func TestMain(m *testing.M) { testproc.Main(m.Run) }
 
-// panicking is a store that panics at first.
+// panicking is a store that panics at first, and whenever it forgets.
 type panicking struct {
 	Store
 	seen atomic.Int64
@@ -30,7 +30,7 @@ func (p *panicking) See(context.Context, []Sighting) ([]Move, error) {
 	return nil, nil
 }
 
-func (p *panicking) Forget(context.Context, time.Time, int) (int, error) { return 0, nil }
+func (p *panicking) Forget(context.Context, time.Time, int) (int, error) { panic("in the store, too") }
 
 // A panic of the store is a failure as others: what it did not write is counted, and written the next time.
 func TestStorePanics(t *testing.T) {

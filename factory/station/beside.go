@@ -2,7 +2,11 @@ package station
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -41,6 +45,9 @@ func (d *Desk) overdue(o directory.Overdue) {
 // warnings says which lists of revoked devices are overdue, and what that means for their lots.
 func (d *Desk) warnings() (all []string) {
 	for _, o := range d.reader.Overdue() {
+		if _, err := os.Stat(filepath.Join(d.o.Injection, o.Lot)); errors.Is(err, fs.ErrNotExist) {
+			continue // the lot has left the line
+		}
 		effect := "no device of the lot is handed out until it is read again; the log says why"
 		if o.Why == directory.Late {
 			effect = "devices are handed out by it: run factory lot refresh"

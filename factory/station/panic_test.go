@@ -20,11 +20,6 @@ import (
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
-// panicking is a directory that panics.
-type panicking struct{ directory.Store }
-
-func (panicking) List(context.Context, string) ([]string, error) { panic("in the store") }
-
 // A panic in the work beside the requests is logged and counted, takes nothing from other work, and the work begins
 // again.
 func TestPanicsBeside(t *testing.T) {
@@ -39,8 +34,8 @@ func TestPanicsBeside(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(injection, "L1", handover.ManifestFile), jws, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	// No manifest can be verified without a verifier, and nothing written without a database.
-	d := &Desk{o: Options{Injection: injection, Store: panicking{}, Log: slog.Default()},
+	// No manifest is verified without a verifier, no list read without a reader, nothing written without a database.
+	d := &Desk{o: Options{Injection: injection, Log: slog.Default()},
 		lots: map[string]*lot{"L2": {Manifest: &directory.Manifest{Lot: "L2"}}},
 		out:  map[device]*handedOut{{lot: "L1"}: {}}, supply: map[string]int{}}
 	d.metrics = newMetrics(d)
@@ -49,7 +44,7 @@ func TestPanicsBeside(t *testing.T) {
 		in   []string // each has panicked
 	}{
 		"watch": {d.watch, []string{"station.(*Desk).watch"}},
-		"look":  {d.look, []string{"station.(*Desk).lot(", "panicking.List("}},
+		"look":  {d.look, []string{"station.(*Desk).lot(", "station.(*Desk).published("}},
 	} {
 		var rounds atomic.Int32
 		ctx, cancel := context.WithCancel(t.Context())

@@ -216,11 +216,11 @@ func (d *Desk) look(ctx context.Context) {
 
 // published counts a lot's devices that are in the directory and were handed out, or are not revoked.
 func (d *Desk) published(ctx context.Context, l *lot) (n int, err error) {
-	names, err := d.o.Store.List(ctx, directory.ShardsPath(l.Lot))
+	list, err := d.reader.Revocations(ctx, l.Manifest) // first: List may hang, and the list is then overdue
 	if err != nil {
 		return 0, err
 	}
-	list, err := d.reader.Revocations(ctx, l.Manifest)
+	names, err := d.o.Store.List(ctx, directory.ShardsPath(l.Lot))
 	if err != nil {
 		return 0, err
 	}
