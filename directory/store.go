@@ -41,7 +41,7 @@ const MaxObject = 1_000_000
 // CheckSize refuses an object that is too large for a store.
 func CheckSize(path string, data []byte) error {
 	if len(data) > MaxObject {
-		return fmt.Errorf("%s has %d bytes, and an object has up to %d: it was not written", path, len(data), MaxObject)
+		return fmt.Errorf("%s has %d bytes, not %d at most: it was not written", path, len(data), MaxObject)
 	}
 	return nil
 }
