@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,21 +157,39 @@ func (hung) Read(ctx context.Context, _ string) ([]byte, string, error) {
 	return nil, "", ctx.Err()
 }
 
+// deaf is a store that does not answer, and cannot be interrupted, as a network file system.
+type deaf struct {
+	directory.Store
+	until chan struct{}
+	asked atomic.Int64
+}
+
+func (d *deaf) Read(context.Context, string) ([]byte, string, error) {
+	d.asked.Add(1)
+	<-d.until
+	return nil, "", errors.New("too late")
+}
+
 // A manufacturer whose directory does not answer is named, and no other is for the time that this takes.
 func TestCheckDirectories(t *testing.T) {
 	r, _, _ := newServed(t)
+	nfs := &deaf{until: make(chan struct{})}
+	defer close(nfs.until)
+	stores := []directory.Store{nfs, hung{}, hung{}, hung{}}
 	const silent = 4
 	last := ""
 	for i := range silent + 1 { // in the order of IMEIs, the last one answers
 		m := newMaker(t)
 		r.enroll(t, m)
 		if last = m.KeyID(); i < silent {
-			r.readers[last] = directory.NewReader(hung{}, directory.NewVerifier(m.Public()), directory.ReaderOptions{})
+			r.readers[last] = directory.NewReader(stores[i], directory.NewVerifier(m.Public()),
+				directory.ReaderOptions{})
 		}
 		key := vectors(t).lot(t, "lot-2048")
 		r.take(t, m, m.newLot(t, "L1", kme.SuiteECDSA, key, 100*(i+1), newDevices(t, 1)...))
 	}
 	t.Cleanup(func() { r.service.WithLots(new(registry.Lots)) })
+	before := nfs.asked.Load()             // for its list
 	for wait := time.Second; ; wait *= 2 { // the one that answers takes time, too
 		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		failed := r.service.CheckDirectories(ctx)
@@ -181,6 +200,11 @@ func TestCheckDirectories(t *testing.T) {
 		if wait > testproc.Patience {
 			t.Fatalf("%v", failed)
 		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	if r.service.CheckDirectories(ctx); nfs.asked.Load() > before+2 { // two, if the list is read late
+		t.Errorf("it was asked %d times", nfs.asked.Load())
 	}
 }
 

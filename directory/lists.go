@@ -85,8 +85,7 @@ type revocationList struct {
 }
 
 func (l revocationList) mark() ListMark { return ListMark{Version: l.list.Version, SHA256: l.sum[:]} }
-
-func (l revocationList) failed() bool { return l.err != nil && !errors.As(l.err, new(*lateError)) }
+func (l revocationList) failed() bool   { return l.err != nil && !errors.As(l.err, new(*lateError)) }
 
 // Follow reads the lists of revoked devices of these lots now and every RevocationTTL, in the background. It replaces
 // an earlier Follow, and goes on until the next one; without lots it ends.
@@ -134,7 +133,8 @@ func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
 	return r.refresh(ctx, m, time.Now())
 }
 
-// refresh is Refresh, unless another good read has begun since asked.
+// refresh is Refresh, unless another good read has begun since asked. The first caller keeps and tells that a read has
+// failed, unless it has gone before the store had its time.
 func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) error {
 	begun := time.Now()
 	short, cancel := context.WithTimeout(ctx, r.o.ReadTimeout)
@@ -145,43 +145,29 @@ func (r *Reader) refresh(ctx context.Context, m *Manifest, asked time.Time) erro
 			return none, nil
 		}
 		next, err := r.nextList(ctx, m, last)
-		if err != nil {
-			r.failed(m.Lot, begun, r.flights.InTime(err))
-		} else {
+		if err == nil {
 			r.mu.Lock()
-			r.replace(m.Lot, next)
+			defer r.mu.Unlock()
+			r.revocations[m.Lot] = next
 		}
 		return none, err
 	})
-	if ctx.Err() != nil {
-		return err // the caller does not wait any more
+	early := time.Since(begun) < r.o.ReadTimeout*9/10 // a lookup's time has begun before
+	if errors.Is(ctx.Err(), context.Canceled) || ctx.Err() != nil && early {
+		return err
 	}
-	if err != nil {
-		r.failed(m.Lot, begun, err) // if the read has not ended by itself
-	}
-	known, _ := r.known(m.Lot)
-	return known.err
-}
-
-// failed keeps the error of a read that has begun then, unless a later result is there.
-func (r *Reader) failed(lot string, begun time.Time, err error) {
 	r.mu.Lock()
-	known := r.revocations[lot]
-	if known.tried.After(begun) {
-		r.mu.Unlock()
-	} else {
+	known := r.revocations[m.Lot]
+	told := err != nil && known.tried.After(begun)
+	if err != nil && !told {
 		known.tried, known.err = time.Now(), err
-		r.replace(lot, known)
+		r.revocations[m.Lot] = known
 	}
-}
-
-// replace replaces a lot's list, unlocks r.mu, and tells what is wrong with the list.
-func (r *Reader) replace(lot string, list revocationList) {
-	r.revocations[lot] = list
 	r.mu.Unlock()
-	if list.err != nil && r.o.Overdue != nil {
-		r.o.Overdue(overdueFor(lot, list.fetched, list.err))
+	if known.err != nil && !told && r.o.Overdue != nil {
+		r.o.Overdue(overdueFor(m.Lot, known.fetched, known.err))
 	}
+	return known.err
 }
 
 // known is the last list of a lot, and whether Follow has the lot.
@@ -191,15 +177,22 @@ func (r *Reader) known(lot string) (list revocationList, followed bool) {
 	return r.revocations[lot], r.followed[lot]
 }
 
-// recall gives the last good list of before a restart, if the Memory has a copy. Its age counts from its ThisUpdate.
-func (r *Reader) recall(m *Manifest, mark ListMark) (kept revocationList) {
+// recall takes the last good list of before a restart into use, if the Memory has it. It is as old as its ThisUpdate.
+func (r *Reader) recall(m *Manifest, mark ListMark) revocationList {
 	jws, err := r.o.Memory.Kept(m.Lot)
-	if sum := sha256.Sum256(jws); err == nil && bytes.Equal(sum[:], mark.SHA256) {
-		if list, err := parseRevocations(r.verifier, m, jws); err == nil {
-			return revocationList{list: list, sum: sum, noted: true, fetched: list.ThisUpdate}
-		}
+	var list *Revocations
+	sum := sha256.Sum256(jws)
+	if err == nil && bytes.Equal(sum[:], mark.SHA256) {
+		list, _ = parseRevocations(r.verifier, m, jws)
 	}
-	return kept
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	last := r.revocations[m.Lot]
+	if list != nil {
+		last.list, last.sum, last.noted, last.fetched = list, sum, true, list.ThisUpdate
+		r.revocations[m.Lot] = last
+	}
+	return last
 }
 
 // inMemory gives the list if it may be used without reading it again; else nil. The list of a lot that is not followed
@@ -244,6 +237,9 @@ func (r *Reader) Revocations(ctx context.Context, m *Manifest) (*Revocations, er
 	if known.list == nil && !r.o.Strict {
 		return nil, known.err
 	}
+	if r.o.Strict && known.tried.Before(asked.Add(-r.o.ReadTimeout)) {
+		return nil, fmt.Errorf("%w: lot %s: the directory has answered too late", ErrNotCurrent, m.Lot)
+	}
 	return known.list, r.unfit(m.Lot, known)
 }
 
@@ -258,10 +254,7 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 	if last.list == nil && away != nil {
 		return next, away
 	} else if last.list == nil {
-		if last = r.recall(m, noted); last.list != nil {
-			r.mu.Lock()
-			r.replace(m.Lot, last) // while the store is silent
-		}
+		last = r.recall(m, noted) // it is in use while the store is silent
 	}
 	for range 4 { // another process may note another one
 		next, jws, err := r.readList(ctx, m, last)

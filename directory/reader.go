@@ -81,6 +81,13 @@ func (r *Reader) Manifest(ctx context.Context, lot string) (*Manifest, error) {
 	return r.verifier.Manifest(lot, jws)
 }
 
+// Check reads a lot's manifest. Those who ask at once share a read, also one that does not end.
+func (r *Reader) Check(ctx context.Context, lot string) error {
+	read := func(ctx context.Context) (*Manifest, error) { return r.Manifest(ctx, lot) }
+	_, err := flight.Do(ctx, &r.flights, ManifestPath(lot), read)
+	return err
+}
+
 // Manifests reads the manifests of all lots.
 func (r *Reader) Manifests(ctx context.Context) ([]*Manifest, error) {
 	lots, err := r.store.List(ctx, "lots")

@@ -70,7 +70,7 @@ run() {
 	trap 'hand_on HUP' HUP
 	(trap - INT QUIT && exec "$@") <&0 {ticks}>&- &
 	running=$!
-	[ -z "$early" ] || hand_on "$early"
+	[ -z "$early" ] || hand_on TERM # its shell may still ignore INT
 	wait "$running" || status=$?
 	while kill -0 "$running" 2>/dev/null; do # a signal has ended wait
 		status=0

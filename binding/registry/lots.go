@@ -13,7 +13,6 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
-	"github.com/kmehsm/kmehsm/internal/panics"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -156,7 +155,8 @@ func (l *Lots) LogWithdrawn(log *slog.Logger) {
 // Len is how many ranges of IMEIs are served.
 func (l *Lots) Len() int { return len(l.ranges) }
 
-// CheckDirectories reads one manifest of each manufacturer, of all at once, and gives the errors by manufacturer.
+// CheckDirectories reads one manifest of each manufacturer, of all at once, until ctx ends, and gives the errors by
+// manufacturer.
 func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 	checked, failed := map[*directory.Reader]bool{}, map[string]error{}
 	var mu sync.Mutex // guards failed
@@ -168,12 +168,7 @@ func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {
 		checked[r.lot.Reader] = true
 		all.Go(func() {
 			m := r.lot.Manifest
-			err := func() (err error) {
-				defer panics.Recover(&err) // whatever the directory does
-				_, err = r.lot.Reader.Manifest(ctx, m.Lot)
-				return err
-			}()
-			if err != nil {
+			if err := r.lot.Reader.Check(ctx, m.Lot); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				failed[m.Manufacturer] = err

@@ -22,7 +22,8 @@ type Ledger interface {
 }
 
 // Memory keeps marks of a manufacturer's last good lists in the ledger, and copies of the lists in a folder, which it
-// verifies by their digests in the ledger. The actor of its entries is the service itself.
+// verifies by their digests in the ledger. The actor of its entries is the service itself. Of two instances that note
+// two lists at the same time, the one with the earlier list may be the last: the other's next read notes the later one.
 func Memory(ledger Ledger, manufacturer, dir string) directory.Memory {
 	return memory{Ledger: ledger, manufacturer: manufacturer, dir: filepath.Join(dir, manufacturer)}
 }

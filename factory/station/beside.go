@@ -2,11 +2,7 @@ package station
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
-	"os"
-	"path/filepath"
 	"time"
 
 	"github.com/kmehsm/kmehsm/directory"
@@ -42,10 +38,13 @@ func (d *Desk) overdue(o directory.Overdue) {
 	})
 }
 
-// warnings says which lists of revoked devices are overdue, and what that means for their lots.
+// warnings says which lists of revoked devices are overdue, and what that means for their lots, from memory.
 func (d *Desk) warnings() (all []string) {
+	d.mu.Lock()
+	there := d.there
+	d.mu.Unlock()
 	for _, o := range d.reader.Overdue() {
-		if _, err := os.Stat(filepath.Join(d.o.Injection, o.Lot)); errors.Is(err, fs.ErrNotExist) {
+		if there != nil && !there[o.Lot] {
 			continue // the lot has left the line
 		}
 		effect := "no device of the lot is handed out until it is read again; the log says why"

@@ -199,7 +199,7 @@ func (d *Desk) reply(w http.ResponseWriter, r *http.Request, station string, v a
 	case errors.Is(err, ErrNoneLeft):
 		code, text = http.StatusNotFound, err.Error()
 	case errors.Is(err, ErrNotReady), errors.Is(err, directory.ErrNotCurrent),
-		errors.Is(err, directory.ErrUnavailable), errors.As(err, new(*directory.RefusedError)):
+		errors.Is(err, directory.ErrUnavailable):
 		w.Header().Set("Retry-After", "5")
 		code, text = http.StatusServiceUnavailable, err.Error()
 	case r.Context().Err() != nil:

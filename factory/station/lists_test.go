@@ -44,6 +44,12 @@ func (h *hiding) answer(instead func(context.Context) ([]byte, string, error)) {
 	h.instead = instead
 }
 
+func (h *hiding) hides() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.instead != nil
+}
+
 func get(d *Desk, path string) string {
 	w := httptest.NewRecorder()
 	d.Handler().ServeHTTP(w, httptest.NewRequest("GET", path, nil))
@@ -56,7 +62,7 @@ const stale = 1100 * time.Millisecond
 // A device that was revoked goes to no station, whatever the directory shows instead of the list that says so: the line
 // has seen that list, or the desk itself. This is logged, counted and shown, and is over when the list is back.
 func TestListNotTheLast(t *testing.T) {
-	s := newShop(t, 24)
+	s := newShop(t, 32)
 	store, logged, seen := &hiding{Store: s.Store}, new(testproc.Log), 0
 	s.Store, s.Log = store, slog.New(slog.NewJSONHandler(logged, nil))
 	d := s.open(t)
@@ -106,6 +112,13 @@ func TestListNotTheLast(t *testing.T) {
 	}
 	putBack := func(_ context.Context, earlier []byte) ([]byte, string, error) { return earlier, "1", nil }
 	silent := func(ctx context.Context, _ []byte) ([]byte, string, error) { <-ctx.Done(); return nil, "", ctx.Err() }
+	// As a network file system, which cannot be interrupted.
+	deaf := func(context.Context, []byte) ([]byte, string, error) {
+		for store.hides() {
+			time.Sleep(10 * time.Millisecond)
+		}
+		return nil, "", errors.New("too late")
+	}
 	for name, c := range map[string]struct {
 		list answer
 		why  directory.Why
@@ -116,6 +129,7 @@ func TestListNotTheLast(t *testing.T) {
 		"forged":                 {list: answers("x", nil), why: directory.Rollback},
 		"away":                   {list: answers("", errors.New("away")), why: directory.Failed},
 		"silent":                 {list: silent, why: directory.Failed},
+		"deaf":                   {list: deaf, why: directory.Failed},
 		"seen by the desk alone": {list: putBack, why: directory.Rollback, seen: true},
 	} {
 		injected(device())

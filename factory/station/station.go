@@ -90,6 +90,7 @@ type Desk struct {
 	out    map[device]*handedOut // guarded by mu: what the stations have, as far as it is not yet overdue
 	status *Status               // guarded by mu
 	supply map[string]int        // guarded by mu: of a lot, what published last said
+	there  map[string]bool       // guarded by mu: lots that look has last found; nil before
 
 	metrics *metrics
 }

@@ -195,7 +195,17 @@ func (d *Desk) lineState(ctx context.Context, s *Status) error {
 // look finds how many devices of each lot are published and not revoked, but for those that were handed out and revoked
 // later. The directory may be slow. Nobody waits for it; until it answers, the last counts stand.
 func (d *Desk) look(ctx context.Context) {
-	entries, _ := os.ReadDir(d.o.Injection) // Status says what is wrong with it
+	entries, err := os.ReadDir(d.o.Injection)
+	if err != nil {
+		return // Status says what is wrong with it
+	}
+	there := map[string]bool{}
+	for _, e := range entries {
+		there[e.Name()] = true
+	}
+	d.mu.Lock()
+	d.there = there
+	d.mu.Unlock()
 	for _, e := range entries {
 		safely(func() { // one lot's panic takes no count from the others
 			l, err := d.lot(e.Name())

@@ -46,6 +46,9 @@ func (d *Desk) ticket(ctx context.Context, l *lot, at int) (device, *Ticket, err
 	if errors.Is(err, directory.ErrUnknownDevice) {
 		return k, nil, fmt.Errorf("IMEI %s: %w", imei, ErrNotReady)
 	}
+	if errors.As(err, new(*directory.RefusedError)) { // a shard, or a part of the revocations
+		err = fmt.Errorf("%w: %w", directory.ErrNotCurrent, err)
+	}
 	if err != nil {
 		return k, nil, err
 	}

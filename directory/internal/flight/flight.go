@@ -64,13 +64,8 @@ func Do[T any](ctx context.Context, g *Group, key string, f func(context.Context
 			return got.Val.(T), nil
 		}
 	}
-	return none, g.InTime(err)
-}
-
-// InTime marks the error of a time that has ended as Unavailable.
-func (g *Group) InTime(err error) error {
-	if errors.Is(err, context.DeadlineExceeded) && !errors.Is(err, g.Unavailable) {
+	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("%w: it has not answered in time: %w", g.Unavailable, err)
 	}
-	return err
+	return none, err
 }
