@@ -51,11 +51,11 @@ descendants() {
 	cat "/proc/$1/task/"*/children 2>/dev/null | tr ' ' '\n' | while read -r pid; do descendants "$pid"; done
 }
 
-# hand_on SIGNAL: to the command, or when it has begun
-running='' early=''
+# hand_on SIGNAL: to the command, or a TERM as soon as it has begun
+running='' early=false
 hand_on() {
 	if [ -z "$running" ]; then
-		early=$1
+		early=true
 	else
 		descendants "$running" | xargs kill "-$1" 2>/dev/null || true
 	fi
@@ -70,7 +70,7 @@ run() {
 	trap 'hand_on HUP' HUP
 	(trap - INT QUIT && exec "$@") <&0 {ticks}>&- &
 	running=$!
-	[ -z "$early" ] || hand_on TERM # its shell may still ignore INT
+	! $early || hand_on TERM # its shell may still ignore INT
 	wait "$running" || status=$?
 	while kill -0 "$running" 2>/dev/null; do # a signal has ended wait
 		status=0
