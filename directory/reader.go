@@ -72,7 +72,7 @@ func NewReader(store Store, v *Verifier, o ReaderOptions) *Reader {
 // Manifest reads a lot's manifest.
 func (r *Reader) Manifest(ctx context.Context, lot string) (*Manifest, error) {
 	if err := CheckName(lot); err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", err, ErrNotFound) // nothing that stands there is a lot
 	}
 	jws, _, err := r.store.Read(ctx, ManifestPath(lot))
 	if err != nil {

@@ -297,7 +297,7 @@ func damaged(t *testing.T, m *directory.Manifest, out string) string {
 
 // What only shows among lots is signed here by hand, since the line would make none of it.
 func TestAudit(t *testing.T) {
-	line, _, _ := newLine(t)
+	line, dir, _ := newLine(t)
 	audit := func() *inspect.Verification {
 		t.Helper()
 		v, err := inspect.All(t.Context(), line.guard.Store, line.verifier, nil, nil)
@@ -365,18 +365,22 @@ func TestAudit(t *testing.T) {
 		small.Mul(small, kept)
 	}
 	publish("small", 60, small, nil)
+	if err := os.Mkdir(filepath.Join(dir, "lots", "good1~"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	v := audit()
 	all := strings.Join(v.Problems, "\n")
 	for _, want := range []string{
 		"lot prime1: its modulus shares a prime", "lot prime2: its modulus shares a prime",
 		"35209900000041 of lot key1 and 35209900000051 of lot key2 have one key",
 		"lots good1 and range: both have IMEIs from 35209900000003 on", "lot small: ",
+		`what is no lot's, remove it: the name "good1~"`,
 	} {
 		if !strings.Contains(all, want) {
 			t.Errorf("%q does not say %q", all, want)
 		}
 	}
-	if len(v.Problems) != 5 {
+	if len(v.Problems) != 6 {
 		t.Errorf("%d problems: %s", len(v.Problems), all)
 	}
 }

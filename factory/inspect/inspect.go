@@ -110,6 +110,9 @@ func All(
 	var moduli []*big.Int
 	var published []string
 	for _, name := range names {
+		if err := directory.CheckName(name); err != nil {
+			v.problem("lots/ has what is no lot's, remove it: %v", err)
+		}
 		m, err := v.manifest(ctx, name)
 		if errors.Is(err, directory.ErrNotFound) {
 			continue // its folder was made, and its manifest never published
