@@ -333,34 +333,43 @@ func TestHealthAndMetrics(t *testing.T) {
 
 const health = "/grpc.health.v1.Health/Check"
 
-// A client's rate is also that of what it may not call, and of what is no call: the counts, and what can be called.
+// A client's rate is also that of what it may not call, of what cannot be read, and of what is no call: the counts, and
+// what can be called. Each refusal is in the log.
 func TestRateOfOthers(t *testing.T) {
 	for _, c := range []struct {
-		method, path string
-		roles        []Role
-		first        kme.Reason
+		method, path, kind, body string
+		roles                    []Role
+		first                    kme.Reason
 	}{
-		{"GET", "/metrics", roles, ""},
-		{"GET", "/metrics", []Role{RoleEIR}, kme.CallerNotAllowed},
-		{"POST", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", roles, ""},
-		{"POST", service + "GetBinding", []Role{RoleEIR}, kme.CallerNotAllowed},
+		{"GET", "/metrics", "", "", roles, ""},
+		{"GET", "/metrics", "", "", []Role{RoleEIR}, kme.CallerNotAllowed},
+		{"POST", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "json", "{}", roles, ""},
+		{"POST", service + "GetBinding", "json", "{}", []Role{RoleEIR}, kme.CallerNotAllowed},
+		{"POST", service + "GetBinding", "json", "{", []Role{RoleEIR}, kme.CallerNotAllowed},
+		{"POST", service + "GetBinding", "json", "{", roles, kme.Malformed},
+		{"POST", service + "GetBinding", "json; charset=utf-8", `{"imsi":1}`, roles, kme.Malformed},
+		{"POST", service + "GetBinding", "proto", "\xff", roles, kme.Malformed},
+		{"POST", service + "GetBinding", "grpc", "\x00\x00\x00\x00\x01\xff", roles, kme.Malformed},
+		{"POST", service + "GetBinding", "grpc-web", "\x00\x00\x00\x00\x01\xff", roles, kme.Malformed},
 	} {
+		var log strings.Builder
 		handler := NewHandler(Options{
 			Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
-				Log: slog.New(slog.DiscardHandler)}),
-			Clients: everybody(t, Client{Name: "test", Roles: c.roles, PLMNs: []string{all}, Rate: 0.001}),
+				Log: slog.New(slog.NewJSONHandler(&log, nil))}),
+			Clients: everybody(t, Client{Name: "test", Roles: c.roles, PLMNs: []string{"00101"}, Rate: 0.001}),
 			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
 		})
 		var reasons []string
 		for range 2 {
-			r := httptest.NewRequest(c.method, c.path, strings.NewReader("{}"))
-			r.Header.Set("Content-Type", "application/json")
+			r := httptest.NewRequest(c.method, c.path, strings.NewReader(c.body))
+			r.Header.Set("Content-Type", "application/"+c.kind)
 			w := httptest.NewRecorder()
 			handler.ServeHTTP(w, r)
 			reasons = append(reasons, w.Header().Get(kme.ReasonHeader))
 		}
-		if !slices.Equal(reasons, []string{string(c.first), string(kme.Overloaded)}) {
-			t.Errorf("%s: refused with %q", c.path, reasons)
+		if !slices.Equal(reasons, []string{string(c.first), string(kme.Overloaded)}) ||
+			!strings.Contains(log.String(), string(c.first)) || !strings.Contains(log.String(), reasons[1]) {
+			t.Errorf("%s %q: refused with %q, and in the log as %s", c.path, c.body, reasons, log.String())
 		}
 	}
 }

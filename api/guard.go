@@ -62,7 +62,13 @@ func (g *guard) may(ctx context.Context, procedure string, message any) (context
 		names = false // a device alone has no PLMN
 	}
 	role := client.as(allowed[procedure]...)
-	if role == "" || names && !client.view.Has(named.GetImsi()) {
+	if role == "" {
+		return ctx, notAllowed()
+	}
+	if err := checkRead(message); err != nil {
+		return ctx, err
+	}
+	if names && !client.view.Has(named.GetImsi()) {
 		return ctx, notAllowed()
 	}
 	return as(ctx, role), nil

@@ -76,8 +76,8 @@ func NewHandler(o Options) *Handler {
 			}
 			unary := append(slices.Clone(o.Outer), connect.UnaryInterceptorFunc(tellReason),
 				connect.UnaryInterceptorFunc(g.around))
-			return []connect.HandlerOption{connect.WithReadMaxBytes(maxRequest),
-				connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(unary...)}
+			return append(codecs(), connect.WithReadMaxBytes(maxRequest),
+				connect.WithCompressMinBytes(minCompressed), connect.WithInterceptors(unary...))
 		})))
 	for procedure := range allowed {
 		if procedure != kmev1connect.KeyServiceStreamProcedure { // its calls are counted one by one
