@@ -58,6 +58,7 @@ type Client struct {
 	ProvisionFrom []string `yaml:"provision_from"`
 
 	limit *rate.Limiter
+	calls chan struct{} // has one for each that is under way
 	known plmns
 	view  binding.BindingQuery // for the IMSIs that it may name
 }
@@ -216,6 +217,7 @@ func (c *Clients) add(e *Client) (wrong []error) {
 	if e.Rate > 0 {
 		e.limit = rate.NewLimiter(rate.Limit(e.Rate), max(int(e.Rate), 1))
 	}
+	e.calls = make(chan struct{}, maxCalls)
 	return wrong
 }
 
@@ -302,6 +304,22 @@ var ofPLMN = regexp.MustCompile(`\.mnc[0-9]{3}\.mcc[0-9]{3}\.3gppnetwork\.org$`)
 
 // tooMany says whether a client calls more often than it may.
 func (e *Client) tooMany() bool { return e != nil && e.limit != nil && !e.limit.Allow() }
+
+// maxCalls of one client are under way at once, over all its connections and streams: so it bounds the memory that one
+// client can take. It is more than a store answers in half a second. Calls for the HSM have a bound of their own.
+const maxCalls = 4096
+
+// begin takes a place for a call, to be given back by end, or refuses the call.
+func (e *Client) begin() error {
+	select {
+	case e.calls <- struct{}{}:
+		return nil
+	default:
+		return overloaded("this client has as many calls under way as it may have")
+	}
+}
+
+func (e *Client) end() { <-e.calls }
 
 // notAllowed is the one answer, whatever the caller lacks.
 func notAllowed() *binding.Refusal {

@@ -253,23 +253,6 @@ func TestClients(t *testing.T) {
 	}
 }
 
-func TestClientRate(t *testing.T) {
-	c, err := NewClients([]Client{{Name: "slow", SAN: "slow", Roles: []Role{RoleHSS}, PLMNs: []string{all},
-		Rate: 0.001}, {Name: "free", SAN: "free", Roles: []Role{RoleHSS}, PLMNs: []string{all}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	slow, free := c.bySAN["slow"], c.bySAN["free"]
-	if slow.tooMany() || !slow.tooMany() || !slow.tooMany() {
-		t.Error("one call of a client with a rate below one, and no second")
-	}
-	for range 1000 {
-		if free.tooMany() {
-			t.Fatal("a client without a rate is limited")
-		}
-	}
-}
-
 // Health is for clients, in gRPC's own words too; the counts are for those with the role metrics; and that the process
 // runs is no secret.
 func TestHealthAndMetrics(t *testing.T) {
@@ -327,49 +310,6 @@ func TestHealthAndMetrics(t *testing.T) {
 	for _, path := range []string{"/readyz", "/metrics", health} {
 		if !strings.Contains(log.String(), `"path":"`+path+`"`) {
 			t.Errorf("who asked for %s, and was refused, is not in the log: %s", path, log.String())
-		}
-	}
-}
-
-const health = "/grpc.health.v1.Health/Check"
-
-// A client's rate is also that of what it may not call, of what cannot be read, and of what is no call: the counts, and
-// what can be called. Each refusal is in the log.
-func TestRateOfOthers(t *testing.T) {
-	for _, c := range []struct {
-		method, path, kind, body string
-		roles                    []Role
-		first                    kme.Reason
-	}{
-		{"GET", "/metrics", "", "", roles, ""},
-		{"GET", "/metrics", "", "", []Role{RoleEIR}, kme.CallerNotAllowed},
-		{"POST", "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", "json", "{}", roles, ""},
-		{"POST", service + "GetBinding", "json", "{}", []Role{RoleEIR}, kme.CallerNotAllowed},
-		{"POST", service + "GetBinding", "json", "{", []Role{RoleEIR}, kme.CallerNotAllowed},
-		{"POST", service + "GetBinding", "json", "{", roles, kme.Malformed},
-		{"POST", service + "GetBinding", "json; charset=utf-8", `{"imsi":1}`, roles, kme.Malformed},
-		{"POST", service + "GetBinding", "proto", "\xff", roles, kme.Malformed},
-		{"POST", service + "GetBinding", "grpc", "\x00\x00\x00\x00\x01\xff", roles, kme.Malformed},
-		{"POST", service + "GetBinding", "grpc-web", "\x00\x00\x00\x00\x01\xff", roles, kme.Malformed},
-	} {
-		var log strings.Builder
-		handler := NewHandler(Options{
-			Service: binding.NewService(binding.Options{Times: binding.DefaultTimes(),
-				Log: slog.New(slog.NewJSONHandler(&log, nil))}),
-			Clients: everybody(t, Client{Name: "test", Roles: c.roles, PLMNs: []string{"00101"}, Rate: 0.001}),
-			Metrics: binding.NewMetrics(prometheus.NewRegistry()), Gather: http.NotFoundHandler(),
-		})
-		var reasons []string
-		for range 2 {
-			r := httptest.NewRequest(c.method, c.path, strings.NewReader(c.body))
-			r.Header.Set("Content-Type", "application/"+c.kind)
-			w := httptest.NewRecorder()
-			handler.ServeHTTP(w, r)
-			reasons = append(reasons, w.Header().Get(kme.ReasonHeader))
-		}
-		if !slices.Equal(reasons, []string{string(c.first), string(kme.Overloaded)}) ||
-			!strings.Contains(log.String(), string(c.first)) || !strings.Contains(log.String(), reasons[1]) {
-			t.Errorf("%s %q: refused with %q, and in the log as %s", c.path, c.body, reasons, log.String())
 		}
 	}
 }

@@ -201,7 +201,7 @@ func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 		start, procedure := time.Now(), req.Spec().Procedure
 		err = g.finish(ctx, procedure, func() (err error) {
 			if ctx, err = g.admit(ctx, procedure, req.Any()); err == nil {
-				answer, err = next(ctx, req)
+				answer, err = g.within(ctx, req, next)
 			}
 			return toConnect(err)
 		})
@@ -215,6 +215,18 @@ func (g *guard) around(next connect.UnaryFunc) connect.UnaryFunc {
 		g.metrics.Called(path.Base(procedure), reason, time.Since(start))
 		return answer, err
 	}
+}
+
+// within makes an admitted call, if its client may have one more under way.
+func (g *guard) within(
+	ctx context.Context, req connect.AnyRequest, next connect.UnaryFunc,
+) (connect.AnyResponse, error) {
+	client := clientOf(ctx)
+	if err := client.begin(); err != nil {
+		return nil, err
+	}
+	defer client.end()
+	return next(ctx, req)
 }
 
 // tellReason puts the reason of a refusal into the response's header.

@@ -21,8 +21,8 @@ import (
 const (
 	// maxUnderWay bounds how many calls of a stream were read and not answered: so it bounds the goroutines and memory
 	// of a stream, even if the client reads no answers. At the bound nothing more is read, and calls wait at the
-	// client, as with the streams of an HTTP/2 connection. Overload is refused by the service itself, which knows all
-	// clients.
+	// client, as with the streams of an HTTP/2 connection. Overload is refused call by call: see maxCalls, and the
+	// places of binding.Service.
 	maxUnderWay = 512
 	// maxStreams of one connection.
 	maxStreams = 4
