@@ -21,10 +21,11 @@ type codec struct {
 
 // codecs are those of all protocols. A newer client may send fields that this server does not know.
 func codecs() (all []connect.HandlerOption) {
-	all = append(all, connect.WithCodec(codec{"proto", proto.MarshalOptions{}.MarshalAppend, proto.Unmarshal}))
+	all = append(all, connect.WithCodec(codec{name: "proto", write: proto.MarshalOptions{}.MarshalAppend,
+		read: proto.Unmarshal}))
 	for _, name := range []string{"json", "json; charset=utf-8"} {
-		all = append(all, connect.WithCodec(codec{name, protojson.MarshalOptions{}.MarshalAppend,
-			protojson.UnmarshalOptions{DiscardUnknown: true}.Unmarshal}))
+		all = append(all, connect.WithCodec(codec{name: name, write: protojson.MarshalOptions{}.MarshalAppend,
+			read: protojson.UnmarshalOptions{DiscardUnknown: true}.Unmarshal}))
 	}
 	return all
 }
