@@ -19,8 +19,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// A Manifest describes a lot. Its devices have positions: 0 is the first device of the first range, and so on through
-// all ranges.
+// A Manifest describes a lot. Its devices have positions: 0 is the first device of the first range, and so on.
 type Manifest struct {
 	Lot          string        `json:"lot"`
 	Manufacturer string        `json:"manufacturer"` // RFC 7638 thumbprint of the signing key

@@ -128,8 +128,7 @@ func (s *Signer) Sign(typ Type, payload any) ([]byte, error) {
 	return []byte(compact), err
 }
 
-// A Verifier accepts what one manufacturer's key has signed, or one of the keys that succeeded it. It may be used
-// concurrently.
+// A Verifier accepts what one manufacturer's key has signed, or one that succeeded it. It may be used concurrently.
 type Verifier struct {
 	public *ecdsa.PublicKey
 	keyID  string

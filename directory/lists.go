@@ -106,7 +106,12 @@ func (r *Reader) Follow(lots []*Manifest) {
 }
 
 func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
-	for {
+	for _, m := range lots { // all copies are in use before a store is asked, which may be silent
+		if r.o.Memory != nil && ctx.Err() == nil {
+			r.recall(ctx, m)
+		}
+	}
+	for ctx.Err() == nil {
 		var all errgroup.Group
 		all.SetLimit(8)
 		for _, m := range lots {
@@ -121,14 +126,12 @@ func (r *Reader) follow(ctx context.Context, lots []*Manifest) {
 		all.Wait()
 		select {
 		case <-ctx.Done():
-			return
 		case <-time.After(r.o.RevocationTTL):
 		}
 	}
 }
 
-// Refresh reads a lot's list of revoked devices again, for ReadTimeout at most. If that fails, the last list stays in
-// use, and is overdue.
+// Refresh reads a lot's list again, for ReadTimeout at most. If that fails, the last one stays in use, and is overdue.
 func (r *Reader) Refresh(ctx context.Context, m *Manifest) error {
 	return r.refresh(ctx, m, time.Now())
 }
@@ -177,22 +180,27 @@ func (r *Reader) known(lot string) (list revocationList, followed bool) {
 	return r.revocations[lot], r.followed[lot]
 }
 
-// recall takes the last good list of before a restart into use, if the Memory has it. It is as old as its ThisUpdate.
-func (r *Reader) recall(m *Manifest, mark ListMark) revocationList {
-	jws, err := r.o.Memory.Kept(m.Lot)
+// recall gives a lot's last list, and which one was noted last. If it has no list yet, the Memory's copy of the one
+// noted is taken into use. It is as old as its ThisUpdate.
+func (r *Reader) recall(ctx context.Context, m *Manifest) (last revocationList, noted ListMark, err error) {
+	defer panics.Recover(&err)
+	noted, _, err = r.o.Memory.Last(ctx, m.Lot)
+	if last, _ = r.known(m.Lot); last.list != nil || err != nil {
+		return last, noted, err
+	}
+	jws, _ := r.o.Memory.Kept(m.Lot)
 	var list *Revocations
 	sum := sha256.Sum256(jws)
-	if err == nil && bytes.Equal(sum[:], mark.SHA256) {
+	if bytes.Equal(sum[:], noted.SHA256) {
 		list, _ = parseRevocations(r.verifier, m, jws)
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	last := r.revocations[m.Lot]
-	if list != nil {
+	if last = r.revocations[m.Lot]; last.list == nil && list != nil {
 		last.list, last.sum, last.noted, last.fetched = list, sum, true, list.ThisUpdate
 		r.revocations[m.Lot] = last
 	}
-	return last
+	return last, noted, nil
 }
 
 // inMemory gives the list if it may be used without reading it again; else nil. The list of a lot that is not followed
@@ -250,11 +258,9 @@ func (r *Reader) nextList(ctx context.Context, m *Manifest, last revocationList)
 		next, _, err = r.readList(ctx, m, last)
 		return next, err
 	}
-	noted, _, away := r.o.Memory.Last(ctx, m.Lot) // before the read: what is noted meanwhile may be later
+	last, noted, away := r.recall(ctx, m) // before the read: what is noted meanwhile may be later
 	if last.list == nil && away != nil {
 		return next, away
-	} else if last.list == nil {
-		last = r.recall(m, noted) // it is in use while the store is silent
 	}
 	for range 4 { // another process may note another one
 		next, jws, err := r.readList(ctx, m, last)

@@ -3,6 +3,7 @@ package directory
 import (
 	"context"
 	"errors"
+	"fmt"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -213,6 +214,28 @@ func TestMemoryAway(t *testing.T) {
 	if err := r.Refresh(ctx, m); err != nil || !r.List("L1").Read.After(read) || len(r.Overdue()) != 0 {
 		t.Errorf("%v, %+v, read %v before", err, r.List("L1"), read)
 	}
+}
+
+// After a restart, the copies of all lots are in use at once, however many lots a silent store is asked for.
+func TestCopiesComeFirst(t *testing.T) {
+	s := newSigner(t)
+	files, m := newLot(t, s, "L1")
+	memory := &notes{marks: map[string][]ListMark{}}
+	o := ReaderOptions{ReadTimeout: time.Hour, Memory: memory}
+	if err := NewReader(files, NewVerifier(s.Public()), o).Refresh(t.Context(), m); err != nil {
+		t.Fatal(err)
+	}
+	hang := func(ctx context.Context) { <-ctx.Done() }
+	store := &meanwhile{Store: files}
+	store.do.Store(&hang)
+	lots := make([]*Manifest, 50) // whose lists were never read, and then one that was
+	for i := range lots {
+		lots[i] = newManifest(t, s, fmt.Sprint("N", i))
+	}
+	r := NewReader(store, NewVerifier(s.Public()), o)
+	r.Follow(append(lots, m))
+	defer r.Follow(nil)
+	testproc.Await(t, "the copy is in use", func() bool { return r.List("L1").Version == 1 })
 }
 
 // A lookup that waits for a store in vain says that the store is not available, and the list is overdue, which is told

@@ -35,8 +35,7 @@ type ReaderOptions struct {
 	Strict bool   // lookups fail with ErrNotCurrent while a list is refused or cannot be read; not while it is late
 	Memory Memory // keeps the last good list of each lot across restarts; may be nil
 
-	// Overdue is called whenever a lot's list of revoked devices cannot be read again, is refused or is past its
-	// next_update; may be nil.
+	// Overdue is called whenever a lot's list cannot be read again, is refused or is past its next_update; may be nil.
 	Overdue func(Overdue)
 }
 
@@ -261,8 +260,7 @@ func (r *Reader) shard(ctx context.Context, m *Manifest, n int) (*packedShard, e
 	})
 }
 
-// RevocationsOf gives a device's own revocations, and the revocation of its whole lot. It does not read the device's
-// key.
+// RevocationsOf gives a device's own revocations, and that of its whole lot. It does not read the device's key.
 func (r *Reader) RevocationsOf(ctx context.Context, m *Manifest, imei kme.IMEI) ([]Revocation, *LotRevocation, error) {
 	list, err := r.Revocations(ctx, m)
 	if err != nil {

@@ -26,8 +26,7 @@ type revision struct {
 	validity time.Duration        // of the list; 0: as long as the last one was good for
 }
 
-// BeginRevocations publishes the first list of a lot, which is empty and good for validity. If the lot has a list,
-// nothing changes.
+// BeginRevocations publishes a lot's first list, empty and good for validity. If the lot has a list, nothing changes.
 func BeginRevocations(ctx context.Context, store Store, s *Signer, m *Manifest, now time.Time,
 	validity time.Duration) error {
 	return publishRevocations(ctx, store, s, m, revision{now: now, begin: true, validity: validity})

@@ -39,8 +39,7 @@ func CheckValidity(d time.Duration) error {
 	return nil
 }
 
-// Overdue says since when there should be a later version; nil if it is not time yet. A list without next_update is
-// overdue.
+// Overdue says since when there should be a later version; nil if it is not time yet. No next_update is overdue.
 func (r *Revocations) Overdue(now time.Time) error {
 	switch {
 	case r.NextUpdate.IsZero():
