@@ -18,6 +18,7 @@ import (
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/pemkey"
+	"github.com/kmehsm/kmehsm/internal/usage"
 	"github.com/kmehsm/kmehsm/internal/who"
 )
 
@@ -83,7 +84,7 @@ func (c Ceremony) Hold(ctx context.Context, act Act) (minutes string, err error)
 	// the token, which must be able to sign the minutes
 	err = withSigner(ctx, c.TokenURI, func(token *hsmkeys.FactoryToken, _ *directory.Signer) (err error) {
 		if err := c.State.Check(token); err != nil {
-			return err
+			return usage.Mark(err)
 		}
 		m.Token = token.Serial()
 		pin, m.Shares, err = c.Officer.PIN(ctx, token, c.Basis)

@@ -167,7 +167,7 @@ func (l *Line) injection(ctx context.Context, fixture string) (k hsmkeys.Key, er
 	case fixture == "" && len(all) == 1:
 		fixture = all[0]
 	case fixture == "":
-		return k, usage.In("fixture", fmt.Errorf("%d fixtures are enrolled, and injection packages are for one: say "+
+		return k, usage.In("fixture", usage.Errorf("%d fixtures are enrolled, and injection packages are for one: say "+
 			"which, of %s", len(all), strings.Join(all, ", ")))
 	case !slices.Contains(all, fixture):
 		return k, fmt.Errorf("no fixture %s is enrolled, but %s: run factory fixture enroll %[1]s first", fixture,

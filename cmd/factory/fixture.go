@@ -27,7 +27,7 @@ func fixtureCommand() *cli.Command {
 			Flags: enrolFlags("injection key",
 				&cli.StringFlag{Name: "fixture-key",
 					Usage: "the fixture's public key, RSA of 3072 bits or more, as `PEM`"}),
-			Action: cmdline.Requiring(fixtureEnroll, "fixture-key", "out"),
+			Action: cmdline.Alone(cmdline.Requiring(fixtureEnroll, "fixture-key", "out")),
 		}},
 	}
 }

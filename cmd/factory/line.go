@@ -38,6 +38,11 @@ func withLine(c *cli.Context, f func(*hsmkeys.FactoryToken, *factory.Line) error
 	if err != nil {
 		return err
 	}
+	return withLineOf(c, store, f)
+}
+
+// withLineOf is withLine on the directory that openDirectory has given.
+func withLineOf(c *cli.Context, store directory.Store, f func(*hsmkeys.FactoryToken, *factory.Line) error) error {
 	return withToken(c, func(token *hsmkeys.FactoryToken) error {
 		line, err := factory.NewLine(token, store, state(c))
 		if err != nil {
@@ -74,6 +79,8 @@ func recorded(c *cli.Context, token *hsmkeys.FactoryToken, f func(*hsmkeys.Facto
 	return state(c).Log().Record(calledAs(), token.Serial(), func() error { return f(token) }, sign)
 }
 
+// openDirectory opens the directory that the flags name. A command does it once: a wrapped secret id is good for one
+// login to Vault.
 func openDirectory(c *cli.Context) (directory.Store, error) {
 	if err := cmdline.Require(c, "directory"); err != nil {
 		return nil, err

@@ -5,6 +5,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/hsmkeys"
 	"github.com/kmehsm/kmehsm/internal/cmdline"
@@ -24,7 +25,11 @@ func lotGrant(c *cli.Context) error {
 }
 
 func lotSeal(c *cli.Context) error {
-	return withLine(c, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	return withLineOf(c, store, func(token *hsmkeys.FactoryToken, line *factory.Line) error {
 		lot := c.Args().First()
 		if _, err := line.Lot(c.Context, lot); err != nil {
 			return err
@@ -34,7 +39,7 @@ func lotSeal(c *cli.Context) error {
 			return err
 		}
 		if !sealed {
-			if err := confirmSeal(c, token, lot); err != nil {
+			if err := confirmSeal(c, store, token, lot); err != nil {
 				return err
 			}
 		}
@@ -47,8 +52,8 @@ func lotSeal(c *cli.Context) error {
 }
 
 // confirmSeal asks whether a lot is meant to be sealed.
-func confirmSeal(c *cli.Context, token *hsmkeys.FactoryToken, lot string) error {
-	_, s, err := oneLot(c)
+func confirmSeal(c *cli.Context, store directory.Store, token *hsmkeys.FactoryToken, lot string) error {
+	_, s, err := oneLot(c, store)
 	if err != nil {
 		return err
 	}

@@ -118,6 +118,9 @@ func revokeDevices(c *cli.Context, line *factory.Line, lot string, imeis []kme.I
 }
 
 func lotReissue(c *cli.Context) error {
+	if _, err := strict.Reason(c.String("reason")); err != nil {
+		return usage.Mark(err)
+	}
 	imei, err := kme.ParseIMEI(c.Args().Get(1))
 	if err != nil {
 		return usage.Mark(err)

@@ -10,6 +10,7 @@ import (
 
 	"github.com/urfave/cli/v2"
 
+	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory"
 	"github.com/kmehsm/kmehsm/factory/overview"
 	"github.com/kmehsm/kmehsm/hsmkeys"
@@ -23,11 +24,7 @@ func overviewFlags(own ...cli.Flag) []cli.Flag {
 		[]cli.Flag{cmdline.JSON})
 }
 
-func openOverview(c *cli.Context) (*overview.Overview, error) {
-	store, err := openDirectory(c)
-	if err != nil {
-		return nil, err
-	}
+func openOverview(c *cli.Context, store directory.Store) (*overview.Overview, error) {
 	verifier, err := manufacturer(c)
 	if err != nil {
 		return nil, err
@@ -36,8 +33,8 @@ func openOverview(c *cli.Context) (*overview.Overview, error) {
 }
 
 // oneLot is what an Overview has of the lot that a command names.
-func oneLot(c *cli.Context) (*overview.Overview, *overview.LotState, error) {
-	o, err := openOverview(c)
+func oneLot(c *cli.Context, store directory.Store) (*overview.Overview, *overview.LotState, error) {
+	o, err := openOverview(c, store)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -56,7 +53,11 @@ func warn(c *cli.Context, s *overview.LotState) {
 }
 
 func lotList(c *cli.Context) error {
-	o, err := openOverview(c)
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	o, err := openOverview(c, store)
 	if err != nil {
 		return err
 	}
@@ -90,8 +91,8 @@ func lotList(c *cli.Context) error {
 }
 
 // askToken asks the token whether it has a lot's key, and whether that is sealed.
-func askToken(c *cli.Context, s *overview.LotState) (where string, err error) {
-	err = withLine(c, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
+func askToken(c *cli.Context, store directory.Store, s *overview.LotState) (where string, err error) {
+	err = withLineOf(c, store, func(_ *hsmkeys.FactoryToken, line *factory.Line) error {
 		sealed, err := line.Sealed(c.Context, s.Lot)
 		switch {
 		case errors.Is(err, hsmkeys.ErrNoKey):
@@ -114,13 +115,17 @@ func keyState(sealed bool) string {
 }
 
 func lotShow(c *cli.Context) error {
-	_, s, err := oneLot(c)
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	_, s, err := oneLot(c, store)
 	if err != nil {
 		return err
 	}
 	where := keyState(s.Sealed) + ", as far as the folder " + c.String("state") + " knows"
 	if c.Bool("ask-token") {
-		if where, err = askToken(c, s); err != nil {
+		if where, err = askToken(c, store, s); err != nil {
 			return err
 		}
 	}
@@ -152,7 +157,11 @@ func printGrants(w io.Writer, s *overview.LotState) {
 }
 
 func lotStatus(c *cli.Context) error {
-	o, lot, err := oneLot(c)
+	store, err := openDirectory(c)
+	if err != nil {
+		return err
+	}
+	o, lot, err := oneLot(c, store)
 	if err != nil {
 		return err
 	}

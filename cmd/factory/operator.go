@@ -29,7 +29,7 @@ func operatorCommand() *cli.Command {
 			Flags: enrolFlags("KEK", &cli.StringFlag{Name: "transport-key",
 				Usage: "the operator's transport key, the `FILE` that keysvc transport new wrote"},
 				&cli.StringFlag{Name: "thumbprint", Usage: "its thumbprint, `T`, as the operator reads it out"}),
-			Action: cmdline.Requiring(operatorEnroll, "transport-key", "thumbprint", "out"),
+			Action: cmdline.Alone(cmdline.Requiring(operatorEnroll, "transport-key", "thumbprint", "out")),
 		}, {
 			Name: "policy", Usage: "print the Vault policy of one operator: its granted lots, to read",
 			ArgsUsage: "NAME", Description: "For vault policy write MOUNT-operator-NAME -",

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"path/filepath"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -23,8 +24,8 @@ func initCommand() *cli.Command {
 			"thumbprint, over a trusted channel: in person, or by telephone. Running this again changes nothing. No " +
 			"other command makes the --state folder.",
 		Flags: []cli.Flag{cmdline.Token, stateFlag,
-			&cli.StringFlag{Name: "out", Usage: "the folder, `DIR`, for manufacturer.pem (default: the --state " +
-				"folder)"}, cmdline.JSON},
+			&cli.StringFlag{Name: "out", Usage: "a folder, `DIR`, for a copy of manufacturer.pem, which is in the " +
+				"--state folder"}, cmdline.JSON},
 		Action: cmdline.AloneMaking(initLine),
 	}
 }
@@ -56,12 +57,13 @@ func initLine(c *cli.Context) error {
 	if err := durable.CheckNotOf("keysvc", c.String("state"), "token"); err != nil {
 		return err
 	}
-	path := state(c).PublicKey()
+	kept := state(c).PublicKey()
+	path := kept
 	if out := c.String("out"); out != "" {
-		path = filepath.Join(out, filepath.Base(path))
+		path = filepath.Join(out, filepath.Base(kept))
 	}
 	return withAnyToken(c, func(token *hsmkeys.FactoryToken) error {
-		if err := cmp.Or(factory.Fits(token, state(c).PublicKey()), factory.Fits(token, path)); err != nil {
+		if err := cmp.Or(factory.Fits(token, kept), factory.Fits(token, path)); err != nil {
 			return usage.Mark(err)
 		}
 		return recorded(c, token, func(token *hsmkeys.FactoryToken) error {
@@ -69,11 +71,13 @@ func initLine(c *cli.Context) error {
 			if err != nil {
 				return err
 			}
-			if err := durable.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-				return usage.Errorf("--out: %w: name another folder", err)
-			}
-			if err := durable.WriteFile(path, pem, 0o644); err != nil {
-				return err
+			for _, file := range slices.Compact([]string{kept, path}) {
+				if err := durable.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+					return usage.Errorf("--out: %w: name another folder", err)
+				}
+				if err := durable.WriteFile(file, pem, 0o644); err != nil {
+					return err
+				}
 			}
 			result := map[string]any{"manufacturer": keyID, "key": path, "created": created, "token": token.Serial()}
 			return cmdline.Print(c, result, func(w io.Writer) {

@@ -4,6 +4,7 @@ package auditlog
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
@@ -87,13 +89,16 @@ func (l Log) Record(command []string, token string, f func() error, sign func(*H
 	if lerr == nil {
 		lerr = sign(head)
 	}
-	if lerr != nil && err == nil {
+	switch {
+	case lerr == nil:
+		return err
+	case err == nil:
 		return fmt.Errorf("the command is done, but not in the audit log: %w", lerr)
 	}
-	return err
+	return errors.Join(err, fmt.Errorf("how the command has ended is not in the audit log: %w", lerr))
 }
 
-// Append adds a line, durably. Several processes may.
+// Append adds a line, durably. Several processes may. A result that is too long for a line is cut.
 func (l Log) Append(command []string, token, result string) (*Head, error) {
 	if err := durable.MkdirAll(l.Dir, 0o755); err != nil {
 		return nil, err
@@ -106,10 +111,16 @@ func (l Log) Append(command []string, token, result string) (*Head, error) {
 				return nil, errors.New("its last line is damaged: see factory log verify")
 			}
 		}
-		line, err := json.Marshal(Entry{
+		e := Entry{
 			Seq: before.Seq + 1, Time: time.Now().UTC(), Who: who.Name(), Process: os.Getpid(), Command: command,
 			Token: token, Result: result, Previous: lineDigest(last),
-		})
+		}
+		line, err := json.Marshal(e)
+		for len(line) > maxEntry && result != "" {
+			result = strings.ToValidUTF8(result[:len(result)/2], "")
+			e.Result = result + "... (cut)"
+			line, err = json.Marshal(e)
+		}
 		if len(line) > maxEntry {
 			err = errors.New("the command line is too long for it")
 		}
@@ -197,7 +208,8 @@ func (l Log) Verify(v *directory.Verifier) (*Report, error) {
 	return r, nil
 }
 
-// read gives the digests of all lines and the entries. It fails if the lines are not a chain.
+// read gives the digests of all lines and the entries. It fails if the lines are not a chain. What is behind the last
+// line end never counted: see durable.AppendLine.
 func (l Log) read() (digests []string, entries []Entry, err error) {
 	f, err := os.Open(filepath.Join(l.Dir, File))
 	if err != nil {
@@ -210,6 +222,13 @@ func (l Log) read() (digests []string, entries []Entry, err error) {
 	previous := lineDigest(nil)
 	in := bufio.NewScanner(f)
 	in.Buffer(nil, maxEntry+1)
+	in.Split(func(data []byte, _ bool) (advance int, line []byte, err error) {
+		line, _, whole := bytes.Cut(data, []byte("\n"))
+		if !whole {
+			return 0, nil, nil
+		}
+		return len(line) + 1, line, nil
+	})
 	for in.Scan() {
 		n := len(digests) + 1
 		var e Entry

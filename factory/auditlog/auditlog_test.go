@@ -113,9 +113,17 @@ func TestLog(t *testing.T) {
 			t.Error("accepted")
 		}
 	})
-	// A crash in the middle of a line: the line never counted, and the next one takes its place.
+	// A crash in the middle of a line: the line never counted, and the next one takes its place. A command that is at
+	// work meanwhile can sign.
 	if err := os.WriteFile(path, append(bytes.Clone(whole), lines[0][:20]...), 0o600); err != nil {
 		t.Fatal(err)
+	}
+	if r, err := log.Verify(verifier); err != nil || r.Lines != 10 || r.Signed != 9 {
+		t.Errorf("%+v, %v", r, err)
+	}
+	tenth := &Head{Seq: 10, SHA256: lineDigest(bytes.TrimSuffix(lines[9], []byte("\n")))}
+	if err := log.Sign(signer, tenth); err != nil {
+		t.Error(err)
 	}
 	if err := log.Sign(signer, entry(Done)); err != nil {
 		t.Fatal(err)
@@ -190,6 +198,39 @@ func TestFirstSignatureFails(t *testing.T) {
 	}
 }
 
+// Neither the error of a command that fails, nor that of the log, hides the other.
+func TestRecordTellsBoth(t *testing.T) {
+	failed, full := errors.New("it failed"), errors.New("full")
+	for _, c := range []struct{ command, sign error }{{nil, nil}, {nil, full}, {failed, nil}, {failed, full}} {
+		err := Log{Dir: t.TempDir()}.Record([]string{"factory", "init"}, "0123", func() error { return c.command },
+			func(*Head) error { return c.sign })
+		if errors.Is(err, failed) != (c.command != nil) || errors.Is(err, full) != (c.sign != nil) {
+			t.Errorf("%v and %v: %v", c.command, c.sign, err)
+		}
+	}
+}
+
+// The text of an error may be longer than an entry, whatever its characters are in JSON.
+func TestRecordCutsError(t *testing.T) {
+	for _, text := range []string{"x", "<", "ü", "\n"} {
+		log := Log{Dir: t.TempDir()}
+		failed := errors.New(strings.Repeat(text, 2*maxEntry))
+		err := log.Record([]string{"factory", "lot", "refresh"}, "", func() error { return failed },
+			func(*Head) error { return nil })
+		if err != failed {
+			t.Errorf("%q: the error is another: %.100s", text, err)
+		}
+		_, entries, err := log.read()
+		if err != nil || len(entries) != 2 {
+			t.Fatalf("%q: %d entries, %v", text, len(entries), err)
+		}
+		result, cut := strings.CutSuffix(entries[1].Result, "... (cut)")
+		if !cut || len(result) < 1000 || !strings.HasPrefix(failed.Error(), result) {
+			t.Errorf("%q: %.100q", text, entries[1].Result)
+		}
+	}
+}
+
 // anew is a log that is a chain, but not the one that was signed.
 func anew(t *testing.T, n int) []byte {
 	t.Helper()
@@ -240,11 +281,9 @@ func FuzzReadLog(f *testing.F) {
 			return
 		}
 		// What reads as a chain can be appended to, and is one still.
-		if _, err := log.Append(nil, "", Done); err != nil {
-			return // its last line was cut short, or too long
-		}
-		if after, _, err := log.read(); err == nil && len(after) < len(before) {
-			t.Errorf("%d lines became %d", len(before), len(after))
+		must(log.Append(nil, "", Done))
+		if after, _, err := log.read(); err != nil || len(after) != len(before)+1 {
+			t.Errorf("%d lines became %d: %v", len(before), len(after), err)
 		}
 	})
 }
