@@ -194,6 +194,9 @@ func VerifyStore(
 	ctx context.Context, token Token, store *sqlstore.Store, report func(rows, of int),
 ) (*Verification, error) {
 	behind := mark.Check(ctx, store, token)
+	if behind != nil && !errors.Is(behind, binding.ErrRolledBack) {
+		return nil, behind
+	}
 	found, err := store.Verify(ctx, report)
 	if err != nil {
 		return nil, err

@@ -1,6 +1,7 @@
 package operator
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -81,7 +82,40 @@ func TestRolledBackStore(t *testing.T) {
 		if err != nil {
 			return err
 		}
+		v, err := VerifyStore(ctx, token, store, func(int, int) {})
+		if err != nil || v.OK || v.RolledBack == "" {
+			t.Errorf("verified: %+v, %v", v, err)
+		}
 		return store.Close()
+	})
+}
+
+// A markless token cannot say what the mark is.
+type markless struct {
+	*hsmkeys.OperatorToken
+	marks [][]byte
+	err   error
+}
+
+func (m markless) Marks(context.Context) ([][]byte, error) { return m.marks, m.err }
+
+// A store whose mark is not known is not one that is rolled back: the error is the token's.
+func TestVerifyWithoutMark(t *testing.T) {
+	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
+	initialise(t, tok, dir)
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
+		for want, m := range map[string]markless{
+			"the token is away":                           {token, nil, errors.New("the token is away")},
+			"the high-water mark in the token is damaged": {token, [][]byte{[]byte("{")}, nil},
+		} {
+			store := must.Get[*sqlstore.Store](t)(OpenStore(ctx, token, sqlstore.InFolder(dir)))
+			v, err := VerifyStore(ctx, m, store, func(int, int) {})
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%+v, %v, want %q", v, err, want)
+			}
+			must.Do(t, store.Close())
+		}
+		return nil
 	})
 }
 
