@@ -62,7 +62,11 @@ func storageRotate(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer, hsmkeys.Options{})
+	uri, err := tokenURI(c)
+	if err != nil {
+		return err
+	}
+	r, err := hsmkeys.OpenRotation(c.Context, uri, officer, hsmkeys.Options{})
 	if err != nil {
 		return err
 	}

@@ -18,12 +18,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestStoreToken(t *testing.T) {
+func TestTokenURI(t *testing.T) {
 	t.Setenv("KMEHSM_TOKEN", "pkcs11:token=environment")
 	dir := t.TempDir()
 	check := func(given, want string) {
 		t.Helper()
-		if got, err := StoreToken(dir, given); err != nil || got != want {
+		if got, err := TokenURI(dir, given, false); err != nil || got != want {
 			t.Errorf("%q, %v, want %q", got, err, want)
 		}
 	}
@@ -33,9 +33,12 @@ func TestStoreToken(t *testing.T) {
 	}
 	check("pkcs11:token=environment", "pkcs11:token=init")
 	check("pkcs11:token=flag", "pkcs11:token=flag")
+	if got, err := TokenURI(dir, "pkcs11:token=environment", true); err != nil || got != "pkcs11:token=environment" {
+		t.Errorf("of the command line and the environment: %q, %v", got, err)
+	}
 	if os.Geteuid() == 0 { // root loads no library that another user names
 		must.Do(t, os.Chown(dir, 65534, 65534))
-		if uri, err := StoreToken(dir, "pkcs11:token=environment"); !errors.As(err, new(usage.Error)) {
+		if uri, err := TokenURI(dir, "pkcs11:token=environment", false); !errors.As(err, new(usage.Error)) {
 			t.Errorf("of another user's folder, root takes %q, %v", uri, err)
 		}
 		check("pkcs11:token=flag", "pkcs11:token=flag")
@@ -47,7 +50,7 @@ func TestStoreToken(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, tokenFile), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if uri, err := StoreToken(dir, "pkcs11:token=environment"); err == nil {
+	if uri, err := TokenURI(dir, "pkcs11:token=environment", false); err == nil {
 		t.Errorf("a file that cannot be read: %q", uri)
 	}
 }
