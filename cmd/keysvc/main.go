@@ -38,7 +38,7 @@ for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token, folder or store that does not exist or is
-the wrong one.
+the wrong one; 3 partly done, run the same command again to continue.
 
 A script may give --token, --state, --directory and --json to each command: one that has no use for them ignores them.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
