@@ -80,5 +80,6 @@ func storeName(c *cli.Context) string {
 
 // openLots opens the lots of a store, with the directories that the manufacturers were enrolled with, or --directory.
 func openLots(c *cli.Context, store *sqlstore.Store) (*registry.Lots, error) {
-	return keysvcd.OpenLots(c.Context, store, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
+	return keysvcd.OpenLots(c.Context, store, c.String("state"), c.String("directory"), cmdline.VaultLogin(c),
+		cmdline.StderrLog(c))
 }
