@@ -2,9 +2,11 @@ package binding_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -226,6 +228,40 @@ func TestRetiredMeanwhile(t *testing.T) {
 	_, err := imports.ImportLot(t.Context(), r.token, store, m.grantAgain(t, l, taken), nil)
 	checkSays(t, "a lot that was retired meanwhile", err, "was retired")
 	checkLeft(t, "a lot that was retired meanwhile", r, map[hsmkeys.Key]bool{m.lotKey("L1"): false}, 1, 1)
+}
+
+// undecided is a registry that takes no verdict.
+type undecided struct{ registry.Store }
+
+var errUndecided = errors.New("no verdict")
+
+func (undecided) Decide(context.Context, string, string, registry.Verdict, func([]*registry.Lot) error) (
+	registry.Verdict, error) {
+	return registry.Verdict{}, errUndecided
+}
+
+// A lot that could not be reinstated stays retired, and its key does not stay in the token. One that was not retired
+// needs its key.
+func TestNotReinstated(t *testing.T) {
+	r, m, l := newServed(t)
+	again := verdict(t, false, "the wrong lot was retired")
+	taken := must[*registry.Lot](t)(imports.FindLot(t.Context(), r.store, "L1", ""))
+	must[registry.Verdict](t)(imports.RetireLot(t.Context(), r.token, r.store, taken, verdict(t, true, "old")))
+	next := m.newLot(t, "L2", kme.SuiteECDSA, vectors(t).lot(t, "lot-2048"), 100, newDevices(t, 1)...)
+	for grant, want := range map[string]map[hsmkeys.Key]bool{
+		string(m.grantAgain(t, l, taken)):                       {m.lotKey("L1"): false},
+		string(m.sign(t, handover.TypeGrant, m.grant(t, next))): {m.lotKey("L2"): true},
+	} {
+		_, err := imports.ImportLot(t.Context(), r.token, undecided{r.store}, []byte(grant), &again)
+		if !errors.Is(err, errUndecided) {
+			t.Errorf("imported: %v", err)
+		}
+		for key, has := range want {
+			if got := must[bool](t)(r.token.Has(t.Context(), key)); got != has {
+				t.Errorf("the token has %s: %v, want %v", key, got, has)
+			}
+		}
+	}
 }
 
 func TestSuspects(t *testing.T) {

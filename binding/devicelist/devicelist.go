@@ -140,9 +140,10 @@ func Enter(ctx context.Context, store binding.Listings, all []binding.Listing) (
 	const together = 200
 	for some := range slices.Chunk(all, together) {
 		n, err := store.List(ctx, some)
-		if changed += n; err != nil {
+		if err != nil {
 			return changed, err
 		}
+		changed += n
 	}
 	return changed, nil
 }

@@ -287,16 +287,19 @@ func importLot(
 	if err != nil {
 		return nil, fmt.Errorf("lot %s: %w", manifest.Lot, err)
 	}
-	if err := store.PutLot(ctx, lot, check); err != nil {
-		if fresh {
-			err = errors.Join(err, token.RemoveLotKey(context.WithoutCancel(ctx), lot.Key()))
-		}
-		return nil, err
+	retired := slices.ContainsFunc(all, func(l *registry.Lot) bool {
+		return l.Key() == lot.Key() && l.Retired.Withdrawn
+	})
+	err = store.PutLot(ctx, lot, check)
+	needed := err == nil && !retired // by a lot that is served, also if there is no verdict about it
+	if err == nil && again != nil {
+		lot.Retired, err = store.Decide(ctx, m.KeyID, manifest.Lot, *again, check)
 	}
-	if again != nil {
-		if lot.Retired, err = store.Decide(ctx, m.KeyID, manifest.Lot, *again, check); err != nil {
-			return nil, err
-		}
+	if err != nil && fresh && !needed {
+		err = errors.Join(err, token.RemoveLotKey(context.WithoutCancel(ctx), lot.Key()))
+	}
+	if err != nil {
+		return nil, err
 	}
 	return lot, nil
 }

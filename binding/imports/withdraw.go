@@ -81,8 +81,8 @@ func Trust(
 }
 
 // RetireLot ends the service of a lot, and destroys its key in the token. Bindings stay. It gives the verdict that is
-// valid now: an earlier one stays, and the key is destroyed all the same. A factory's token has the lot's own key under
-// the same name.
+// valid now, also if only destroying the key has failed: an earlier one stays, and the key is destroyed all the same. A
+// factory's token has the lot's own key under the same name.
 func RetireLot(
 	ctx context.Context, token Token, store registry.Store, lot *registry.Lot, v registry.Verdict,
 ) (registry.Verdict, error) {
@@ -93,7 +93,7 @@ func RetireLot(
 		return nil
 	})
 	if err != nil {
-		return stands, err
+		return registry.Verdict{}, err
 	}
 	return stands, token.RemoveLotKey(ctx, lot.Key())
 }

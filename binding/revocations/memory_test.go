@@ -10,6 +10,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/directory"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/internal/testproc"
 )
 
@@ -74,6 +75,29 @@ func TestMarksUnreadable(t *testing.T) {
 			t.Errorf("%q: %v, want %q", c.detail, err, c.says)
 		}
 	}
+}
+
+// Whoever only reads knows what was noted, and notes and keeps nothing for others.
+func TestReadOnly(t *testing.T) {
+	ledger, dir := &notes{details: map[string]string{}}, t.TempDir()
+	service, reader := Memory(ledger, "maker", dir), ReadOnly(ledger, "maker", dir)
+	check := func(m directory.Memory, want int) {
+		t.Helper()
+		if got, _, err := m.Last(t.Context(), "L1"); err != nil || got.Version != want {
+			t.Errorf("%+v, %v, want version %d", got, err, want)
+		}
+		if kept, err := m.Kept("L1"); err != nil || string(kept) != "7" {
+			t.Errorf("%q, %v", kept, err)
+		}
+	}
+	must.Do(t, service.Note(t.Context(), "L1", directory.ListMark{Version: 7}))
+	must.Do(t, service.Keep("L1", []byte("7")))
+	check(reader, 7)
+	must.Do(t, reader.Note(t.Context(), "L1", directory.ListMark{Version: 8}))
+	must.Do(t, reader.Keep("L1", []byte("8")))
+	check(service, 7)
+	check(reader, 8)
+	check(ReadOnly(ledger, "maker", dir), 7)
 }
 
 // Copies are of one manufacturer's lots; one that was never kept is fs.ErrNotExist.

@@ -96,7 +96,11 @@ func backupCreate(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	b, err := operator.CreateBackup(c.Context, c.String("token"), officer, to)
+	uri, err := tokenURI(c)
+	if err != nil {
+		return err
+	}
+	b, err := operator.CreateBackup(c.Context, uri, officer, to)
 	if err != nil {
 		return err
 	}

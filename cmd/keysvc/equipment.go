@@ -80,14 +80,19 @@ func enterListings(c *cli.Context, status binding.EquipmentStatus,
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
 		changed, err := enter(c.Context, s, all)
-		if err != nil {
-			return err
-		}
-		return printChanged(c, changed, len(all))
+		return printChanged(c, changed, len(all), err)
 	})
 }
 
-func printChanged(c *cli.Context, changed, of int) error {
+// printChanged says how many entries have changed the list, also before err.
+func printChanged(c *cli.Context, changed, of int, err error) error {
+	if err != nil && changed > 0 {
+		return cmdline.Partial(fmt.Errorf("%d of %d entries have changed the list; run the same command again: %w",
+			changed, of, err))
+	}
+	if err != nil {
+		return err
+	}
 	return cmdline.Printf(c, map[string]any{"changed": changed, "entries": of},
 		"%d of %d entries have changed the list\n", changed, of)
 }
@@ -104,10 +109,7 @@ func equipmentImport(c *cli.Context) error {
 	}
 	return withStore(c, func(s *sqlstore.Store) error {
 		changed, err := devicelist.Enter(c.Context, s, all)
-		if err != nil {
-			return fmt.Errorf("after %d entries that have changed the list: %w", changed, err)
-		}
-		return printChanged(c, changed, len(all))
+		return printChanged(c, changed, len(all), err)
 	})
 }
 

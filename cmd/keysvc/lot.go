@@ -125,6 +125,10 @@ func lotRetire(c *cli.Context) error {
 			return err
 		}
 		stands, err := imports.RetireLot(c.Context, token, store, lot, v)
+		if err != nil && stands.Withdrawn {
+			return cmdline.Partial(fmt.Errorf("lot %s of manufacturer %s is retired, and its key is still in %s; run "+
+				"the same command again: %w", lot.Manifest.Lot, lot.Manufacturer, token, err))
+		}
 		if err != nil {
 			return err
 		}

@@ -38,7 +38,7 @@ for each lot that is granted:     keysvc lot import
 and then:                         keysvc serve
 
 Exit codes: 0 done; 1 failed; 2 wrong usage or configuration, also a token, folder or store that does not exist or is
-the wrong one.
+the wrong one; 3 partly done, run the same command again to continue.
 
 A script may give --token, --state, --directory and --json to each command: one that has no use for them ignores them.`,
 		Writer: os.Stdout, ErrWriter: os.Stderr,
@@ -47,8 +47,9 @@ A script may give --token, --state, --directory and --json to each command: one 
 				Name: "init", Usage: "make the operator's storage and ledger key in the token, and the database",
 				Description: "It first tries whether the token keeps keys as it should, and refuses a token that " +
 					"does not: keysvc doctor says more. Running it again changes nothing. It makes the --state " +
-					"folder, and notes the token there: commands without --token use this one. No other command " +
-					"makes a database; keysvc store upgrade makes the tables in PostgreSQL.",
+					"folder, and notes the token there: other commands use this one if neither --token nor the " +
+					"configuration names one, also where KMEHSM_TOKEN does; only serve and check do not. No other " +
+					"command makes a database; keysvc store upgrade makes the tables in PostgreSQL.",
 				Flags: storeFlags(acceptFlag, &cli.BoolFlag{Name: "new-store", Usage: "make an empty database " +
 					"although the token has written another one: that one is lost, with all decisions in it"}),
 				Action: cmdline.AloneMaking(initToken),
@@ -99,7 +100,7 @@ A script may give --token, --state, --directory and --json to each command: one 
 			cmdline.TokensCommand(),
 			{
 				Name: "doctor", Usage: "say what the token can and cannot do, and what follows",
-				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: doctor,
+				Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: doctor,
 			},
 		},
 	}

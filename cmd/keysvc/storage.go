@@ -62,7 +62,11 @@ func storageRotate(c *cli.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	r, err := hsmkeys.OpenRotation(c.Context, c.String("token"), officer, hsmkeys.Options{})
+	uri, err := tokenURI(c)
+	if err != nil {
+		return err
+	}
+	r, err := hsmkeys.OpenRotation(c.Context, uri, officer, hsmkeys.Options{})
 	if err != nil {
 		return err
 	}
@@ -111,10 +115,13 @@ func storageRetire(c *cli.Context) error {
 			return err
 		}
 		destroyed, err := tokenkeys.RetireStorage(c.Context, token, store)
-		if err != nil {
+		if err != nil && len(destroyed) > 0 {
+			err = cmdline.Partial(fmt.Errorf("not all earlier storage keys are destroyed; run the same command "+
+				"again: %w", err))
+		} else if err != nil {
 			return err
 		}
-		return cmdline.Printf(c, map[string]any{"destroyed": append([]int{}, destroyed...)},
-			"%d earlier storage keys are destroyed in %s\n", len(destroyed), token)
+		return errors.Join(cmdline.Printf(c, map[string]any{"destroyed": append([]int{}, destroyed...)},
+			"%d earlier storage keys are destroyed in %s\n", len(destroyed), token), err)
 	})
 }

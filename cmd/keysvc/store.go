@@ -125,7 +125,7 @@ func storeVerify(c *cli.Context) error {
 }
 
 func storeBackup(c *cli.Context) error {
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		out := c.String("out")
 		shown := cmdline.NewProgress(c, "copied", "pages", 0)
 		found, err := operator.BackUpStore(c.Context, token, storeName(c), out, func(pages, of int) {
@@ -241,7 +241,7 @@ func storeLog(c *cli.Context) error {
 }
 
 func storeMigrate(c *cli.Context) error {
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		shown := cmdline.NewProgress(c, "copied", "rows", 0)
 		rows, err := operator.Migrate(c.Context, token, c.String("from"), c.String("to"), shown.At)
 		shown.Close()

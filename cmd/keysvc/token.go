@@ -16,9 +16,10 @@ func initToken(c *cli.Context) error {
 	if err := durable.CheckNotOf("factory", c.String("state"), "log.jsonl"); err != nil {
 		return err
 	}
-	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+	uri := c.String("token")
+	return operator.WithToken(c.Context, uri, func(token *hsmkeys.OperatorToken) error {
 		made, err := operator.Init{
-			URI: c.String("token"), State: c.String("state"), Store: storeName(c),
+			URI: uri, State: c.String("state"), Store: storeName(c),
 			AcceptWeak: c.Bool(acceptFlag.Name), NewStore: c.Bool("new-store"),
 		}.Run(c.Context, token)
 		if err != nil {

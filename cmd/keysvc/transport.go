@@ -33,7 +33,7 @@ func transportCommand() *cli.Command {
 				Action: cmdline.Alone(transportNew),
 			},
 			{Name: "list", Usage: "list the transport keys that wait for their enrolment",
-				Flags: []cli.Flag{cmdline.Token, cmdline.JSON}, Action: transportList},
+				Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.JSON}, Action: transportList},
 			{
 				Name: "destroy", Usage: "destroy a transport key whose enrolment will not be imported",
 				ArgsUsage: "THUMBPRINT", Flags: []cli.Flag{cmdline.Token, stateFlag, cmdline.Yes, cmdline.JSON},

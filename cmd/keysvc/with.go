@@ -25,32 +25,32 @@ func storeFlags(own ...cli.Flag) []cli.Flag {
 	return slices.Concat([]cli.Flag{cmdline.Token, stateFlag, storeFlag}, own, []cli.Flag{cmdline.JSON})
 }
 
-// withToken runs f with the token that --token names.
+// tokenURI names the operator's token, for all commands but those that begin or run a service.
+func tokenURI(c *cli.Context) (string, error) {
+	return operator.TokenURI(c.String(stateFlag.Name), c.String(cmdline.Token.Name), cmdline.Typed(cmdline.Token.Name))
+}
+
+// withToken runs f with the operator's token, which also makes the MACs of the store's rows. The ledger names the
+// command as the actor of what f does.
 func withToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
-	return operator.WithToken(c.Context, c.String("token"), f)
-}
-
-// withStore runs f with the store, which must not be rolled back. The ledger names the command as the actor of what f
-// does.
-func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error { return useStore(c, token, f) })
-}
-
-// withTokenAndStore is withStore for commands that change the token of --token.
-func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
-	return withToken(c, func(token *hsmkeys.OperatorToken) error {
-		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
-	})
-}
-
-// withStoreToken runs f with the token that makes the MACs of the store's rows.
-func withStoreToken(c *cli.Context, f func(*hsmkeys.OperatorToken) error) error {
-	uri, err := operator.StoreToken(c.String("state"), c.String("token"))
+	uri, err := tokenURI(c)
 	if err != nil {
 		return err
 	}
 	asCommand(c)
 	return operator.WithToken(c.Context, uri, f)
+}
+
+// withStore runs f with the store, which must not be rolled back.
+func withStore(c *cli.Context, f func(*sqlstore.Store) error) error {
+	return withTokenAndStore(c, func(_ *hsmkeys.OperatorToken, store *sqlstore.Store) error { return f(store) })
+}
+
+// withTokenAndStore is withStore for commands that use the token, too.
+func withTokenAndStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
+		return useStore(c, token, func(store *sqlstore.Store) error { return f(token, store) })
+	})
 }
 
 func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Store) error) error {
@@ -60,7 +60,7 @@ func useStore(c *cli.Context, token *hsmkeys.OperatorToken, f func(*sqlstore.Sto
 
 // withAnyStore runs f with the store, also if that is rolled back or damaged.
 func withAnyStore(c *cli.Context, f func(*hsmkeys.OperatorToken, *sqlstore.Store) error) error {
-	return withStoreToken(c, func(token *hsmkeys.OperatorToken) error {
+	return withToken(c, func(token *hsmkeys.OperatorToken) error {
 		store, err := operator.OpenStore(c.Context, token, storeName(c))
 		if err != nil {
 			return err
@@ -80,5 +80,6 @@ func storeName(c *cli.Context) string {
 
 // openLots opens the lots of a store, with the directories that the manufacturers were enrolled with, or --directory.
 func openLots(c *cli.Context, store *sqlstore.Store) (*registry.Lots, error) {
-	return keysvcd.OpenLots(c.Context, store, c.String("directory"), cmdline.VaultLogin(c), cmdline.StderrLog(c))
+	return keysvcd.OpenLots(c.Context, store, c.String("state"), c.String("directory"), cmdline.VaultLogin(c),
+		cmdline.StderrLog(c))
 }

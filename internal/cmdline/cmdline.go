@@ -4,7 +4,6 @@ package cmdline
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -41,7 +40,7 @@ func (e exitError) Unwrap() error { return e.error }
 // Partial marks err as one that left part of the work done.
 func Partial(err error) error { return exitError{error: err, code: exitPartial} }
 
-// Said marks an err that the command's JSON document has said already.
+// Said marks an err that the result in the command's JSON document says already.
 func Said(err error) error { return exitError{error: saidError{error: err}, code: exitFailed} }
 
 type saidError struct{ error }
@@ -82,6 +81,7 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	p.addCommon(app.Commands)
 	app.Commands = append(app.Commands, p.helpCommand(), p.completionCommand(), p.manCommand())
 	out := &output{Writer: app.Writer}
+	app.Metadata = map[string]any{outputKey: out}
 	if !terminal.Is(out.Writer) { // a terminal takes all
 		app.Writer = out
 	}
@@ -105,6 +105,7 @@ func (p Program) Run(ctx context.Context, args []string) int {
 		err = app.RunContext(ctx, args)
 	}
 	if err == nil {
+		out.end()
 		err = out.err
 	}
 	if err == nil {
@@ -126,8 +127,11 @@ func (p Program) Run(ctx context.Context, args []string) int {
 	}
 	fmt.Fprintf(app.ErrWriter, "%s: %s\n", app.Name, visible(text))
 	asked := slices.Contains(args, "--json") || slices.Contains(args, "--json=true")
-	if asked && !errors.As(err, new(saidError)) {
-		json.NewEncoder(app.Writer).Encode(map[string]any{"ok": false, "error": text})
+	if asked && out.err == nil {
+		if !errors.As(err, new(saidError)) {
+			out.failed(text)
+		}
+		out.end()
 	}
 	return exitCode(err)
 }

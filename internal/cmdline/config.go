@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"fmt"
 	"io"
+	"os"
 	"slices"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 
@@ -52,6 +54,13 @@ func isConfigured(f cli.Flag) bool {
 
 // isSet says whether the command line or the environment gives a flag a value.
 func isSet(c *cli.Context, name string) bool { return c.IsSet(name) && fmt.Sprint(c.Value(name)) != "" }
+
+// Typed says whether the command line itself gives a flag a value.
+func Typed(name string) bool {
+	return slices.ContainsFunc(os.Args, func(word string) bool {
+		return word == "--"+name || strings.HasPrefix(word, "--"+name+"=")
+	})
+}
 
 // fill sets the flags that neither the command line nor the environment has set.
 func (p *Config) fill(c *cli.Context) error {

@@ -1,6 +1,7 @@
 package cmdline
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -13,10 +14,38 @@ import (
 	"github.com/kmehsm/kmehsm/internal/strict"
 )
 
-// An output is standard output, with its first error: no command is done whose output is not whole.
+// An output is standard output, with its first error: no command is done whose output is not whole. It has one JSON
+// document at most, which ends with the command: until then nobody knows whether the command fails.
 type output struct {
 	io.Writer
-	err error
+	err   error
+	begun bool   // a list of the document is written
+	rest  []byte // of the document, to be written when the command is done
+}
+
+// outputKey is where an App's metadata have its output.
+const outputKey = "output"
+
+func outputOf(c *cli.Context) *output { return c.App.Metadata[outputKey].(*output) }
+
+// end writes what is left of the document.
+func (o *output) end() {
+	if len(o.rest) > 0 { // there may be no standard output
+		o.Write(o.rest)
+	}
+}
+
+// failed makes the document, if none of it is written yet, one of a command that failed.
+func (o *output) failed(text string) {
+	document := map[string]json.RawMessage{}
+	json.Unmarshal(o.rest, &document)
+	o.rest = nil // a list that is written has no end, so that nobody takes it for whole
+	if !o.begun {
+		document["ok"] = json.RawMessage("false")
+		document["error"], _ = json.Marshal(text)
+		o.rest, _ = json.Marshal(document)
+		o.rest = append(o.rest, '\n')
+	}
 }
 
 func (o *output) Write(data []byte) (int, error) {
@@ -47,10 +76,13 @@ func Print(c *cli.Context, v any, human func(io.Writer)) error {
 		human(c.App.Writer)
 		return nil
 	}
-	e := json.NewEncoder(c.App.Writer)
+	var text bytes.Buffer
+	e := json.NewEncoder(&text)
 	e.SetIndent("", "  ")
 	e.SetEscapeHTML(false) // of a URI's &
-	return e.Encode(v)
+	err := e.Encode(v)
+	outputOf(c).rest = text.Bytes()
+	return err
 }
 
 // Printf prints a result: with --json, v as one JSON document; otherwise a text.
@@ -77,30 +109,28 @@ func PrintEach[T any](c *cli.Context, name, title string, items iter.Seq2[T, err
 }
 
 // PrintList prints one JSON document that ends with a list, and never has all of the list in memory. head is what
-// comes before the list: the fields before it, and its name. An error of items behind the first leaves the document
-// without its end, so that nobody takes it for whole; one before it leaves nothing.
+// comes before the list: the fields before it, and its name. If the command fails after the first item, the document
+// has no end.
 func PrintList[T any](c *cli.Context, head string, items iter.Seq2[T, error]) error {
-	const separator = ",\n"
-	w, before := c.App.Writer, "{"+head+": [\n"
+	o, before, end := outputOf(c), "{"+head+": [\n", "\n]}\n"
 	for item, err := range items {
 		var text []byte
 		if err == nil {
 			text, err = json.Marshal(item)
 		}
-		if err != nil && before == separator {
-			return Said(err)
-		}
 		if err != nil {
 			return err
 		}
-		if _, err := fmt.Fprintf(w, "%s%s", before, text); err != nil {
+		o.begun = true
+		if _, err := fmt.Fprintf(c.App.Writer, "%s%s", before, text); err != nil {
 			return err
 		}
-		before = separator
+		before = ",\n"
 	}
-	if before != separator { // an empty list
-		fmt.Fprint(w, before)
+	if o.begun {
+		o.rest = []byte(end)
+	} else {
+		o.rest = []byte(before + end)
 	}
-	_, err := fmt.Fprintln(w, "\n]}")
-	return err
+	return nil
 }

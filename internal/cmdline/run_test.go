@@ -52,6 +52,8 @@ func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 					ends("partial", Partial(errors.New("partial"))),
 					ends("denied", &fs.PathError{Op: "open", Path: "x", Err: fs.ErrPermission}),
 					ends("full", &fs.PathError{Op: "write", Path: "x", Err: syscall.ENOSPC}),
+					{Name: "late", Flags: []cli.Flag{JSON, &cli.IntFlag{Name: "items", Value: -1},
+						&cli.BoolFlag{Name: "said"}}, Action: late},
 					ends("said", fmt.Errorf("give more room: %w", syscall.ENOSPC)),
 				}},
 				{Name: "list", ArgsUsage: "[ITEM...]", Flags: []cli.Flag{JSON}, Action: func(c *cli.Context) error {
@@ -135,6 +137,38 @@ func TestListThatFails(t *testing.T) {
 		got, fails := strings.Join(strings.Fields(stdout), " "), strings.Contains(args, "fails")
 		if got != want || (code == 0) == fails {
 			t.Errorf("%q: exit code %d, %s, want %s", args, code, got, want)
+		}
+	}
+}
+
+// late prints a result, or a list of items, and fails after that.
+func late(c *cli.Context) error {
+	err := errors.New("unsigned <&>")
+	if n := c.Int("items"); n >= 0 {
+		return errors.Join(PrintList(c, `"items"`, func(yield func(int, error) bool) {
+			for i := 0; i < n && yield(i, nil); i++ {
+			}
+		}), err)
+	}
+	if c.Bool("said") {
+		err = Said(err)
+	}
+	return errors.Join(Printf(c, map[string]any{"made": uint64(1<<63 + 1), "ok": true}, "made\n"), err)
+}
+
+// A command that fails after its result prints one document, with the result and the error. The result is what a script
+// needs: the change was made.
+func TestFailsAfterResult(t *testing.T) {
+	for args, want := range map[string]string{
+		"":                 "made\n",
+		"--json":           `{"error":"unsigned \u003c\u0026\u003e","made":9223372036854775809,"ok":false}` + "\n",
+		"--json --said":    "{\n  \"made\": 9223372036854775809,\n  \"ok\": true\n}\n",
+		"--json --items=0": `{"error":"unsigned \u003c\u0026\u003e","items":[],"ok":false}` + "\n",
+		"--json --items=2": "{\"items\": [\n0,\n1",
+	} {
+		code, stdout, stderr := run(t, append([]string{"ends", "late"}, strings.Fields(args)...)...)
+		if code != 1 || stdout != want || stderr != "p: unsigned <&>\n" {
+			t.Errorf("%s: exit code %d, %q, want %q; %q", args, code, stdout, want, stderr)
 		}
 	}
 }

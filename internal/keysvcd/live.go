@@ -9,12 +9,15 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 
 	"github.com/kmehsm/kmehsm/api"
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/binding/registry"
+	"github.com/kmehsm/kmehsm/binding/revocations"
+	"github.com/kmehsm/kmehsm/binding/sqlstore"
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/internal/config"
 	"github.com/kmehsm/kmehsm/internal/directories"
@@ -130,13 +133,27 @@ func (l *live) reload(ctx context.Context, from settings.Source) error {
 
 func (l *live) ServeHTTP(w http.ResponseWriter, r *http.Request) { l.Load().handler.ServeHTTP(w, r) }
 
-// OpenLots gives the lots of a store for a command: their directories are read without a cache. fallback is the
-// directory of manufacturers that were enrolled without one.
+// OpenLots gives the lots of a store for a command: their directories are read without a cache. The lists of revoked
+// devices are those that a service with this state folder believes; overdue ones are logged. fallback is the directory
+// of manufacturers that were enrolled without one.
 func OpenLots(
-	ctx context.Context, store registry.Store, fallback string, login vaultstore.Login, log *slog.Logger,
+	ctx context.Context, store *sqlstore.Store, state, fallback string, login vaultstore.Login, log *slog.Logger,
 ) (*registry.Lots, error) {
-	none := func(string) directory.ReaderOptions { return directory.ReaderOptions{} }
-	return registry.OpenLots(ctx, store, opener(ctx, fallback, login, none, log))
+	options := func(manufacturer string) directory.ReaderOptions {
+		return directory.ReaderOptions{
+			Memory:  revocations.ReadOnly(store, manufacturer, revocationsIn(state)),
+			Overdue: func(d directory.Overdue) { warnOverdue(log, manufacturer, d) },
+		}
+	}
+	return registry.OpenLots(ctx, store, opener(ctx, fallback, login, options, log))
+}
+
+// revocationsIn is where a service keeps its last lists of revoked devices.
+func revocationsIn(state string) string { return filepath.Join(state, "revocations") }
+
+func warnOverdue(log *slog.Logger, manufacturer string, d directory.Overdue) {
+	log.Warn("a list of revoked devices is overdue; the last one stands", "manufacturer", manufacturer,
+		"lot", d.Lot, "why", d.Why, "since", d.Since, "cause", d.Cause.Error())
 }
 
 // opener gives the reader of a manufacturer's directory: the same one after each reload, with its cache and login. It

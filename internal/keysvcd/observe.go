@@ -154,13 +154,15 @@ func (c *changing) Collect(to chan<- prometheus.Metric) {
 		to <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, value, labels...)
 	}
 	now, state := time.Now(), c.live.Load()
-	told := map[string]bool{} // the same certificate may be there twice
+	ends := map[[3]string]time.Time{} // of those that are there twice, or renewed with the same serial, the earliest
 	for _, cert := range state.certificates {
-		if id := cert.of + string(cert.Raw); !told[id] {
-			told[id] = true
-			gauge(daysLeft, cert.NotAfter.Sub(now).Hours()/24, cert.of, cert.Subject.String(),
-				fmt.Sprintf("%x", cert.SerialNumber))
+		labels := [3]string{cert.of, cert.Subject.String(), fmt.Sprintf("%x", cert.SerialNumber)}
+		if end, twice := ends[labels]; !twice || cert.NotAfter.Before(end) {
+			ends[labels] = cert.NotAfter
 		}
+	}
+	for labels, end := range ends {
+		gauge(daysLeft, end.Sub(now).Hours()/24, labels[:]...)
 	}
 	for manufacturer, lists := range state.lots.Lists() {
 		for _, l := range lists {

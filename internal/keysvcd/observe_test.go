@@ -1,6 +1,13 @@
 package keysvcd
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -11,6 +18,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/binding"
 	"github.com/kmehsm/kmehsm/internal/keysvcd/settings"
+	"github.com/kmehsm/kmehsm/internal/must"
 	"github.com/kmehsm/kmehsm/kme"
 )
 
@@ -44,7 +52,8 @@ func TestCountersFromZero(t *testing.T) {
 	}
 }
 
-// What a reload changes is in the metrics as it is then: each certificate, also one that is there twice, and each list.
+// What a reload changes is in the metrics as it is then: each certificate, also one that is there twice or was
+// renewed, and each list.
 func TestChanging(t *testing.T) {
 	s := newSite(t, nil)
 	bound := new(census)
@@ -73,6 +82,16 @@ func TestChanging(t *testing.T) {
 		!strings.Contains(got, "kme_bindings_counted_timestamp_seconds 1e+09") {
 		t.Errorf("the bindings that were counted are not there:\n%s", got)
 	}
+	// A CA that was renewed with the same serial: both are trusted, and the one that ends first counts.
+	now := must.Get[[]byte](t)(os.ReadFile(filepath.Join(s.dir, "ca.pem")))
+	block, _ := pem.Decode(now)
+	renewed := must.Get[*x509.Certificate](t)(x509.ParseCertificate(block.Bytes))
+	renewed.NotAfter = renewed.NotAfter.AddDate(1, 0, 0)
+	key := must.Get[*ecdsa.PrivateKey](t)(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
+	der := must.Get[[]byte](t)(x509.CreateCertificate(rand.Reader, renewed, &x509.Certificate{
+		RawSubject: renewed.RawSubject}, key.Public(), key))
+	both := append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), now...)
+	must.Do(t, os.WriteFile(filepath.Join(s.dir, "ca.pem"), both, 0o600))
 	s.write(t, strings.Replace(siteBase, "client_ca: a.pem", "client_ca: ca.pem", 1)+siteClients)
 	if err := s.reload(t.Context(), settings.Source{Path: s.config()}); err != nil {
 		t.Fatal(err)

@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -270,11 +269,10 @@ func readerOptions(cfg *settings.Config, store *sqlstore.Store, cache *directory
 		}
 		return directory.ReaderOptions{
 			Cache: cache, RevocationTTL: cfg.RevocationTTL, MaxAge: cfg.MaxRevocationAge,
-			Memory: revocations.Memory(store, manufacturer, filepath.Join(cfg.State, "revocations")),
+			Memory: revocations.Memory(store, manufacturer, revocationsIn(cfg.State)),
 			Overdue: func(d directory.Overdue) {
 				overdue.WithLabelValues(manufacturer, string(d.Why)).Inc()
-				log.Warn("a list of revoked devices is overdue; the last one stands", "manufacturer", manufacturer,
-					"lot", d.Lot, "why", d.Why, "since", d.Since, "cause", d.Cause.Error())
+				warnOverdue(log, manufacturer, d)
 			},
 		}
 	}

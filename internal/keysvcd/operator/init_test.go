@@ -67,7 +67,7 @@ func TestInit(t *testing.T) {
 		}
 		return nil
 	})
-	if uri, err := StoreToken(dir, os.Getenv("KMEHSM_TOKEN")); err != nil || uri != tok.URI {
+	if uri, err := TokenURI(dir, os.Getenv("KMEHSM_TOKEN"), false); err != nil || uri != tok.URI {
 		t.Errorf("the folder remembers %s, %v", uri, err)
 	}
 

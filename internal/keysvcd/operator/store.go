@@ -194,6 +194,9 @@ func VerifyStore(
 	ctx context.Context, token Token, store *sqlstore.Store, report func(rows, of int),
 ) (*Verification, error) {
 	behind := mark.Check(ctx, store, token)
+	if behind != nil && !errors.Is(behind, binding.ErrRolledBack) {
+		return nil, behind
+	}
 	found, err := store.Verify(ctx, report)
 	if err != nil {
 		return nil, err
@@ -245,16 +248,17 @@ func StorageKeys(ctx context.Context, token *hsmkeys.OperatorToken, store *sqlst
 // tokenFile is where keysvc init leaves the URI of the token in the --state folder.
 const tokenFile = "token"
 
-// rememberToken notes the token for StoreToken.
+// rememberToken notes the token for TokenURI.
 func rememberToken(state, uri string) error {
 	return durable.WriteFile(filepath.Join(state, tokenFile), []byte(uri+"\n"), 0o600)
 }
 
-// StoreToken is the token that makes the MACs of a store's rows: the one of the command line; else the one that keysvc
-// init has noted; else the one of the environment. given is that of the command line or the environment. The token's
-// URI names a library that is loaded: root takes none that another user could have named.
-func StoreToken(state, given string) (uri string, err error) {
-	if given != os.Getenv("KMEHSM_TOKEN") {
+// TokenURI names the operator's token: the one of the command line; else the one that keysvc init has noted; else the
+// one of the environment, which may be a factory's. given is that of the command line, of the environment, or, if both
+// have none, of the configuration, which counts as the command line. The token's URI names a library that is loaded:
+// root takes none that another user could have named.
+func TokenURI(state, given string, typed bool) (uri string, err error) {
+	if typed || given != os.Getenv("KMEHSM_TOKEN") {
 		return given, nil
 	}
 	own, err := os.ReadFile(filepath.Join(state, tokenFile))

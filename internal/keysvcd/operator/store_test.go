@@ -1,6 +1,7 @@
 package operator
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -17,12 +18,12 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestStoreToken(t *testing.T) {
+func TestTokenURI(t *testing.T) {
 	t.Setenv("KMEHSM_TOKEN", "pkcs11:token=environment")
 	dir := t.TempDir()
 	check := func(given, want string) {
 		t.Helper()
-		if got, err := StoreToken(dir, given); err != nil || got != want {
+		if got, err := TokenURI(dir, given, false); err != nil || got != want {
 			t.Errorf("%q, %v, want %q", got, err, want)
 		}
 	}
@@ -32,9 +33,12 @@ func TestStoreToken(t *testing.T) {
 	}
 	check("pkcs11:token=environment", "pkcs11:token=init")
 	check("pkcs11:token=flag", "pkcs11:token=flag")
+	if got, err := TokenURI(dir, "pkcs11:token=environment", true); err != nil || got != "pkcs11:token=environment" {
+		t.Errorf("of the command line and the environment: %q, %v", got, err)
+	}
 	if os.Geteuid() == 0 { // root loads no library that another user names
 		must.Do(t, os.Chown(dir, 65534, 65534))
-		if uri, err := StoreToken(dir, "pkcs11:token=environment"); !errors.As(err, new(usage.Error)) {
+		if uri, err := TokenURI(dir, "pkcs11:token=environment", false); !errors.As(err, new(usage.Error)) {
 			t.Errorf("of another user's folder, root takes %q, %v", uri, err)
 		}
 		check("pkcs11:token=flag", "pkcs11:token=flag")
@@ -46,7 +50,7 @@ func TestStoreToken(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(dir, tokenFile), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if uri, err := StoreToken(dir, "pkcs11:token=environment"); err == nil {
+	if uri, err := TokenURI(dir, "pkcs11:token=environment", false); err == nil {
 		t.Errorf("a file that cannot be read: %q", uri)
 	}
 }
@@ -81,7 +85,40 @@ func TestRolledBackStore(t *testing.T) {
 		if err != nil {
 			return err
 		}
+		v, err := VerifyStore(ctx, token, store, func(int, int) {})
+		if err != nil || v.OK || v.RolledBack == "" {
+			t.Errorf("verified: %+v, %v", v, err)
+		}
 		return store.Close()
+	})
+}
+
+// A markless token cannot say what the mark is.
+type markless struct {
+	*hsmkeys.OperatorToken
+	marks [][]byte
+	err   error
+}
+
+func (m markless) Marks(context.Context) ([][]byte, error) { return m.marks, m.err }
+
+// A store whose mark is not known is not one that is rolled back: the error is the token's.
+func TestVerifyWithoutMark(t *testing.T) {
+	dir, ctx, tok := t.TempDir(), t.Context(), softhsmtest.Token(t)
+	initialise(t, tok, dir)
+	withToken(t, tok, func(token *hsmkeys.OperatorToken) error {
+		for want, m := range map[string]markless{
+			"the token is away":                           {token, nil, errors.New("the token is away")},
+			"the high-water mark in the token is damaged": {token, [][]byte{[]byte("{")}, nil},
+		} {
+			store := must.Get[*sqlstore.Store](t)(OpenStore(ctx, token, sqlstore.InFolder(dir)))
+			v, err := VerifyStore(ctx, m, store, func(int, int) {})
+			if err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%+v, %v, want %q", v, err, want)
+			}
+			must.Do(t, store.Close())
+		}
+		return nil
 	})
 }
 
