@@ -58,7 +58,9 @@ func isSet(c *cli.Context, name string) bool { return c.IsSet(name) && fmt.Sprin
 // Typed says whether the command line itself gives a flag a value.
 func Typed(name string) bool {
 	return slices.ContainsFunc(os.Args, func(word string) bool {
-		return word == "--"+name || strings.HasPrefix(word, "--"+name+"=")
+		flag, dash := strings.CutPrefix(word, "-")
+		flag, _, _ = strings.Cut(strings.TrimPrefix(flag, "-"), "=")
+		return dash && flag == name
 	})
 }
 
