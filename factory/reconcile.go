@@ -143,7 +143,7 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile,
 			name == durable.LockName, r.issued[path], reissue && r.issued == nil:
 		case reissue:
-			r.differs(path+" has a key that is not published", "run lot reissue again, with the same reason: it goes "+
+			r.differs(path+" is no package of a published key", "run lot reissue again, with the same reason: it goes "+
 				"on, or says what to do with a package that it has not made", nil)
 		case strings.HasPrefix(name, "."): // a file that renameio was writing
 			r.differs(path+" was left by a run that was killed", "remove it: it never was a package",

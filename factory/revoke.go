@@ -238,7 +238,7 @@ func (l *Line) Reissue(
 		line, hash, err = l.makeReissue(ctx, j, m, position, fixture, path)
 	case err != nil || !bytes.Equal(hash, planned):
 		err = errors.Join(err, fmt.Errorf("the line has not made %s as it is there: find out where it comes from, "+
-			"move it away, and run this again: its key is published nowhere", path))
+			"move it away, and run this again", path))
 	}
 	if err != nil {
 		return "", err
