@@ -24,7 +24,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-func TestMain(m *testing.M) { softhsmtest.Main(m, 32) }
+func TestMain(m *testing.M) { softhsmtest.Main(m, 35) }
 
 // fixtureKey is the fixture's, of all lines.
 var fixtureKey = sync.OnceValue(func() *rsa.PublicKey {

@@ -68,8 +68,9 @@ type ProvisionOptions struct {
 const publishers = 16
 
 // Provision makes the keys of a lot's devices, shard by shard. A shard's injection package is on disk before its public
-// keys are published, so no key is ever published that nobody can inject. The journal has the shard before the
-// directory has it, so a shard that was published once never gets other keys
+// keys are published, so no key is ever published that nobody can inject. The journal has the package's SHA-256 before
+// the package is on disk, so no package of others is ever published. The journal has the shard before the directory has
+// it, so a shard that was published once never gets other keys
 // (docs/decisions/0005-the-journal-before-the-directory.md). What is there already is checked and left as it is, so a
 // run goes on where another one stopped.
 //
@@ -192,9 +193,6 @@ func (p *provisioning) run(ctx context.Context) (Progress, error) {
 		}
 	}
 	if p.entries, err = p.j.Entries(ctx, p.m.Lot); err != nil {
-		return p.progress, err
-	}
-	if err := p.j.Plan(p.m.Lot, p.o.From, p.o.To); err != nil {
 		return p.progress, err
 	}
 	p.next.Store(int64(p.o.From))
@@ -404,6 +402,9 @@ func (p *provisioning) makeShard(ctx context.Context, n int, path string) (*dire
 	}
 	packed, err := handover.NewShard(p.m, n, lines, hash)
 	if err != nil {
+		return nil, err
+	}
+	if err := p.j.Plan(p.m.Lot, n, hash); err != nil {
 		return nil, err
 	}
 	if err := durable.WriteFile(path, file, 0o600); err != nil {

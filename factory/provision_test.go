@@ -226,7 +226,7 @@ func TestProvision(t *testing.T) {
 		forget()
 		signed := read(object(5))
 		os.Remove(object(5))
-		harm(t, pkg(5), "remove the file", truncate)
+		harm(t, pkg(5), "move it away", truncate)
 		if err := os.WriteFile(object(5), signed, 0o644); err != nil {
 			t.Fatal(err)
 		}
@@ -245,15 +245,8 @@ func TestProvision(t *testing.T) {
 		checkLot(t, line, out)
 	})
 	t.Run("keys swapped after publication", func(t *testing.T) {
-		other := t.TempDir()
-		p := &provisioning{Line: line, m: must(line.Lot(t.Context(), "L1")),
-			injection: must(line.injection(t.Context(), ""))}
-		if _, err := p.makeShard(t.Context(), 1, filepath.Join(other, "p")); err != nil {
-			t.Fatal(err)
-		}
-		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte {
-			return read(filepath.Join(other, "p"))
-		})
+		other := plant(t, must(line.Lot(t.Context(), "L1")), 1, t.TempDir())
+		harm(t, pkg(1), "is not the package of the published keys", func([]byte) []byte { return read(other) })
 	})
 	t.Run("the journal has another package", func(t *testing.T) {
 		changeJournal(t, keeping(line, out), "UPDATE shard SET package = x'00' WHERE number = 5")

@@ -1,6 +1,7 @@
 package factory
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -33,10 +34,11 @@ const objectBack = "whoever runs the directory must bring the object back as it 
 
 // A Reconciliation is what Reconcile found.
 type Reconciliation struct {
-	Lot         string       `json:"lot"`
-	Agreed      int          `json:"agreed"`  // shards that are everywhere, and everywhere the same
-	Pending     int          `json:"pending"` // shards that are nowhere yet: lot provision makes them
-	Differences []Difference `json:"differences"`
+	Lot         string          `json:"lot"`
+	Agreed      int             `json:"agreed"`  // shards that are everywhere, and everywhere the same
+	Pending     int             `json:"pending"` // shards that are nowhere yet: lot provision makes them
+	Differences []Difference    `json:"differences"`
+	issued      map[string]bool // paths of the packages of reissued keys; nil if there is no list of revocations
 }
 
 // Open is how many differences are left.
@@ -78,9 +80,6 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 			"its key, nobody can be granted the lot any more", nil)
 	}
 	dir := filepath.Join(out, lot)
-	if err := r.strays(m, dir); err != nil {
-		return nil, err
-	}
 	if wrong, err := shard.CheckManifest(ctx, l.store, lot, dir); err != nil {
 		return nil, err
 	} else if wrong != "" {
@@ -88,7 +87,7 @@ func (l *Line) Reconcile(ctx context.Context, lot, out string, repair bool) (*Re
 			return l.writeManifest(ctx, lot, dir)
 		})
 	}
-	if err := l.compareRevocations(ctx, r, m, dir); err != nil {
+	if err := cmp.Or(l.compareRevocations(ctx, r, m, dir), r.strays(m, dir)); err != nil {
 		return nil, err
 	}
 	var mu sync.Mutex // guards r
@@ -137,20 +136,20 @@ func (r *Reconciliation) strays(m *directory.Manifest, dir string) error {
 		return nil
 	}
 	for _, e := range entries {
-		name, n := e.Name(), 0
+		name, path, n := e.Name(), filepath.Join(dir, e.Name()), 0
+		reissue := strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl")
 		_, serr := fmt.Sscanf(name, "injection-%d.jsonl", &n)
 		switch {
 		case serr == nil && name == handover.InjectionFile(n) && n < m.Shards(), name == handover.ManifestFile,
-			name == durable.LockName:
-		case strings.HasPrefix(name, "reissue-") && strings.HasSuffix(name, ".jsonl"):
-			// compareRevocations looks at them
+			name == durable.LockName, r.issued[path], reissue && r.issued == nil:
+		case reissue:
+			r.differs(path+" is no package of a published key", "run lot reissue again, with the same reason: it goes "+
+				"on, or says what to do with a package that it has not made", nil)
 		case strings.HasPrefix(name, "."): // a file that renameio was writing
-			path := filepath.Join(dir, name)
 			r.differs(path+" was left by a run that was killed", "remove it: it never was a package",
 				func(context.Context) error { return errors.Join(os.Remove(path), durable.SyncDir(dir)) })
 		default:
-			r.differs(filepath.Join(dir, name)+" belongs to nothing in the lot",
-				"find out where it comes from, and take it away", nil)
+			r.differs(path+" belongs to nothing in the lot", "find out where it comes from, and take it away", nil)
 		}
 	}
 	return err
@@ -193,6 +192,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 		return err
 	}
 	var behind []int
+	r.issued = map[string]bool{}
 	for _, n := range parts {
 		part, complete, err := l.reader.CompareRevocationPart(ctx, m, list, n)
 		if isRefused(err) {
@@ -205,6 +205,7 @@ func (l *Line) compareRevocations(ctx context.Context, r *Reconciliation, m *dir
 			behind = append(behind, n)
 		}
 		for path, e := range handover.Reissues(part.Revoked, dir) {
+			r.issued[path] = true
 			if err := handover.CheckReissue(m.Lot, path, e); err != nil {
 				r.differs(err.Error(), handover.BringBack(e.Package), nil)
 			}

@@ -62,11 +62,9 @@ func TestReconcile(t *testing.T) {
 	whole, signed, hash := must(os.ReadFile(pkg)), must(os.ReadFile(shard)), must(line.reader.ReadShard(t.Context(),
 		m, 2)).Package
 	list := must(os.ReadFile(revocations))
-	others := filepath.Join(t.TempDir(), "p")
-	must((&provisioning{Line: line, m: m, injection: must(line.injection(t.Context(), ""))}).makeShard(t.Context(), 2,
-		others))
+	others := plant(t, m, 2, t.TempDir())
 	forget := func() { journal("DELETE FROM shard WHERE number = 2") }
-	plan := func() { journal("UPDATE shard SET state = 0, package = NULL WHERE number = 2") }
+	plan := func() { journal("UPDATE shard SET state = 0 WHERE number = 2") }
 	for name, c := range map[string]struct {
 		harm    func()
 		want    string
@@ -89,10 +87,15 @@ func TestReconcile(t *testing.T) {
 			remove(shard)
 			plan()
 		}, "it is made, and not published", true, false},
-		"made on a lost machine": {func() {
+		"journal and directory lost": {func() {
 			remove(shard)
 			forget()
-		}, "it is made, and not published", true, false},
+		}, "the journal does not know it", false, false},
+		"planned, package of other keys": {func() {
+			remove(shard)
+			plan()
+			write(pkg, must(os.ReadFile(others)))
+		}, "the journal does not know it", false, false},
 		"planned, cut": {func() {
 			remove(shard)
 			plan()
@@ -102,7 +105,7 @@ func TestReconcile(t *testing.T) {
 			remove(shard)
 			forget()
 			write(pkg, whole[:99])
-		}, "the journal never began it", false, false},
+		}, "the journal does not know it", false, false},
 		"package lost": {func() { remove(pkg) }, "is missing", false, false},
 		"package cut": {func() {
 			write(pkg, whole[:99])

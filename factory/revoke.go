@@ -2,6 +2,7 @@ package factory
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/kmehsm/kmehsm/directory"
 	"github.com/kmehsm/kmehsm/factory/memory"
+	"github.com/kmehsm/kmehsm/factory/shard"
 	"github.com/kmehsm/kmehsm/internal/durable"
 	"github.com/kmehsm/kmehsm/internal/handover"
 	"github.com/kmehsm/kmehsm/internal/strict"
@@ -186,8 +188,7 @@ func (l *Line) Reissue(
 	if !ok {
 		return "", fmt.Errorf("IMEI %s is not in lot %s", imei, lot)
 	}
-	shard := position / m.ShardSize
-	issued, err := l.reader.ReadShard(ctx, m, shard)
+	_, err = l.reader.ReadShard(ctx, m, position/m.ShardSize)
 	if errors.Is(err, directory.ErrNotFound) {
 		return "", fmt.Errorf("IMEI %s was never issued a key: its shard is not published; provision the lot", imei)
 	} else if err != nil {
@@ -205,7 +206,7 @@ func (l *Line) Reissue(
 	} else if err != nil {
 		return "", err
 	}
-	n, had := 1, []uint64{issued.Keys[position%m.ShardSize].Fingerprint()}
+	n := 1
 	for path, e := range handover.Reissues(earlier, dir) {
 		if e.Reason == reason {
 			if err := handover.CheckReissue(lot, path, e); err != nil {
@@ -218,21 +219,26 @@ func (l *Line) Reissue(
 			// The run that wrote the entry may have been killed before the list that names it.
 			return path, directory.Reissue(ctx, l.store, l.signer, m, *e.Key, e.Package, reason, time.Now())
 		}
-		had = append(had, e.Key.Fingerprint())
 		n++
 	}
+	j, err := l.state.journal(ctx, l.Manufacturer())
+	if err != nil {
+		return "", err
+	}
+	defer j.Close()
 	path = filepath.Join(dir, handover.ReissueFile(imei, n))
-	// As with shards, the package is on disk before its key is published. So a package that is there already was not
-	// published.
+	planned, err := j.Reissue(ctx, lot, filepath.Base(path))
+	if err != nil {
+		return "", err
+	}
+	// As with shards, the package is on disk before its key is published, and the journal has its SHA-256 before that.
 	line, hash, err := handover.ReadReissue(path, lot, imei)
-	if errors.Is(err, fs.ErrNotExist) {
-		line, hash, err = l.makeReissue(ctx, m, imei, shard, fixture, path)
-	} else if err != nil {
-		err = fmt.Errorf("%w: its key was never published, so remove the file and run this again to make another one",
-			err)
-	} else if slices.Contains(had, line.PublicKey.Fingerprint()) {
-		err = fmt.Errorf("%s has a key that the device had before: remove the file, and run this again to make "+
-			"another one", path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		line, hash, err = l.makeReissue(ctx, j, m, position, fixture, path)
+	case err != nil || !bytes.Equal(hash, planned):
+		err = errors.Join(err, fmt.Errorf("the line has not made %s as it is there: find out where it comes from, "+
+			"move it away, and run this again", path))
 	}
 	if err != nil {
 		return "", err
@@ -240,16 +246,19 @@ func (l *Line) Reissue(
 	return path, directory.Reissue(ctx, l.store, l.signer, m, line.PublicKey, hash, reason, time.Now())
 }
 
-func (l *Line) makeReissue(ctx context.Context, m *directory.Manifest, imei kme.IMEI, shard int, fixture, path string) (
-	line handover.InjectionLine, hash []byte, err error) {
+func (l *Line) makeReissue(ctx context.Context, j *shard.Journal, m *directory.Manifest, position int, fixture,
+	path string) (line handover.InjectionLine, hash []byte, err error) {
 	injection, err := l.injection(ctx, fixture)
 	if err != nil {
 		return line, nil, err
 	}
-	if line, err = l.makeLine(ctx, m, imei, shard, injection); err != nil {
+	if line, err = l.makeLine(ctx, m, m.IMEI(position), position/m.ShardSize, injection); err != nil {
 		return line, nil, err
 	}
 	file, hash, err := handover.MarshalPackage(line)
+	if err == nil {
+		err = j.PlanReissue(m.Lot, filepath.Base(path), hash)
+	}
 	if err != nil {
 		return line, nil, err
 	}

@@ -58,13 +58,15 @@ func TestReissue(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := line.Reissue(t.Context(), "L1", imei, "return 2", "", out); err == nil ||
-		!strings.Contains(err.Error(), "had before") {
+		!strings.Contains(err.Error(), "has not made") {
 		t.Errorf("a copy of the first package as the second: %v", err)
 	}
 	if err := os.Remove(copied); err != nil {
 		t.Fatal(err)
 	}
-	killed, _, err := line.makeReissue(t.Context(), m, imei, 1, "",
+	j := must(line.state.journal(t.Context(), line.Manufacturer()))
+	defer j.Close()
+	killed, _, err := line.makeReissue(t.Context(), j, m, 5, "",
 		filepath.Join(out, "L1", handover.ReissueFile(imei, 2)))
 	if err != nil {
 		t.Fatal(err)
@@ -87,7 +89,7 @@ func TestReissue(t *testing.T) {
 	}
 	// What the line would never sign: another key than that of the package.
 	other := m.IMEI(6)
-	_, hash, err := line.makeReissue(t.Context(), m, other, 1, "",
+	_, hash, err := line.makeReissue(t.Context(), j, m, 6, "",
 		filepath.Join(out, "L1", handover.ReissueFile(other, 1)))
 	key := directory.DeviceKey{IMEI: other, Key: &must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).PublicKey}
 	if err := errors.Join(err, directory.Reissue(t.Context(), line.store, line.signer, m, key, hash, "x",

@@ -13,11 +13,14 @@ import (
 //go:embed journal.sql
 var journalSchema string
 
+//go:embed reissue.sql
+var reissueSchema string
+
 // A State is how far a shard is.
 type State int
 
 const (
-	Planned      State = iota // keys may have been made; none of them was published
+	Planned      State = iota // its keys were made, and its injection package may be on disk; nothing was published
 	Generated                 // its injection package is whole and on disk, and the journal has what is to be published
 	Published                 // the directory has taken it
 	Acknowledged              // it was read back from the directory, byte for byte
@@ -32,7 +35,8 @@ type Journal struct {
 
 // OpenJournal opens the database at path, which it makes if there is none.
 func OpenJournal(ctx context.Context, path, manufacturer string) (*Journal, error) {
-	read, write, err := sqlite.Open(ctx, path, sqlconn.First(journalSchema))
+	read, write, err := sqlite.Open(ctx, path,
+		sqlconn.Schema{Migrations: []string{journalSchema, reissueSchema}, Least: 1})
 	if err != nil {
 		return nil, err
 	}
@@ -57,7 +61,7 @@ func (j *Journal) exec(operation, query string, args ...any) error {
 type Entry struct {
 	Begun   bool
 	State   State
-	Package []byte // SHA-256 of its injection package; empty before Generated
+	Package []byte // SHA-256 of its injection package
 }
 
 // Entries gives those of a lot's shards that have been begun.
@@ -71,11 +75,27 @@ func (j *Journal) Entries(ctx context.Context, lot string) (map[int]Entry, error
 	}, "SELECT number, state, package FROM shard WHERE manufacturer = ? AND lot = ?", j.manufacturer, lot)
 }
 
-// Plan notes the shards from (included) to to (not included) as begun. It is called before their first key is made.
-func (j *Journal) Plan(lot string, from, to int) error {
-	return j.exec("plan shards", `WITH RECURSIVE n(i) AS (SELECT ?3 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?4)
-		INSERT INTO shard (manufacturer, lot, number, state) SELECT ?1, ?2, i, 0 FROM n WHERE true ON CONFLICT DO
-			NOTHING`, j.manufacturer, lot, from, to)
+// Plan notes the SHA-256 of a shard's package, before the package is on disk. So a package that the journal does not
+// know was not made by the line.
+func (j *Journal) Plan(lot string, n int, pkg []byte) error {
+	return j.exec("plan a shard", `INSERT INTO shard (manufacturer, lot, number, state, package) VALUES (?, ?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET package = excluded.package`, j.manufacturer, lot, n, Planned, pkg)
+}
+
+// PlanReissue is Plan for the package of a reissued key; file is its name.
+func (j *Journal) PlanReissue(lot, file string, pkg []byte) error {
+	return j.exec("plan a reissue", `INSERT INTO reissue (manufacturer, lot, file, package) VALUES (?, ?, ?, ?)
+		ON CONFLICT DO UPDATE SET package = excluded.package`, j.manufacturer, lot, file, pkg)
+}
+
+// Reissue gives what PlanReissue noted; nil if it noted nothing.
+func (j *Journal) Reissue(ctx context.Context, lot, file string) (pkg []byte, err error) {
+	err = j.read.QueryRowContext(ctx, "SELECT package FROM reissue WHERE manufacturer = ? AND lot = ? AND file = ?",
+		j.manufacturer, lot, file).Scan(&pkg)
+	if errors.Is(err, sql.ErrNoRows) {
+		err = nil
+	}
+	return pkg, j.to("read a reissue").Named(err)
 }
 
 // Generated notes the SHA-256 of a shard's package, which is on disk, and the signed object to be published.

@@ -19,7 +19,7 @@ type Standing int
 const (
 	Unmade         Standing = iota // it was never begun
 	Remnant                        // a killed run's: its package is damaged, and nothing of it was published
-	Stray                          // its package is damaged and unpublished, and the journal never began it
+	Stray                          // it is not published, and the line has not made the package that is there
 	Made                           // its package is whole, and it is not published
 	Lost                           // as Made, but it was published before
 	Unrecorded                     // package and directory agree, and the journal does not say so yet
@@ -74,13 +74,13 @@ func (v *View) Standing() Standing {
 		return RecordedBad
 	case recorded && !same:
 		return RecordedOther
-	case v.Packed != nil && v.entry.State >= Published:
+	case same && v.entry.State >= Published:
 		return Lost
-	case v.Packed != nil:
+	case same:
 		return Made
 	case missing:
 		return Unmade
-	case v.entry.Begun:
+	case v.Packed == nil && v.entry.Begun:
 		return Remnant
 	}
 	return Stray
@@ -119,8 +119,9 @@ func (v *View) Describe() (what, remedy string) {
 	case Remnant:
 		return v.unread.Error(), "remove it: nothing of it was published, and lot provision makes the shard anew"
 	case Stray:
-		return fmt.Sprintf("%v, and the journal never began it", v.unread), "it was never published: find out where " +
-			"it comes from; if nothing of it was injected, remove the file, and lot provision makes the shard anew"
+		return v.Path + " is not published, and the journal does not know it", "find out where it comes from, and " +
+			"move it away: its keys are published nowhere, and lot provision makes the shard anew; if devices have " +
+			"its keys, first bring back the journal or the directory that has them"
 	}
 	return "", ""
 }

@@ -45,7 +45,7 @@ func TestStanding(t *testing.T) {
 	others, theirs := makePackage()
 	cut := whole[:len(whole)/2]
 	at := func(s State, of *directory.Shard) Entry { return Entry{Begun: true, State: s, Package: of.Package} }
-	never, planned := Entry{}, Entry{Begun: true}
+	never, begun, planned := Entry{}, Entry{Begun: true}, at(Planned, ours)
 	for name, c := range map[string]struct {
 		file      []byte // nil if there is none
 		published *directory.Shard
@@ -54,10 +54,12 @@ func TestStanding(t *testing.T) {
 	}{
 		"never begun":                        {nil, nil, never, Unmade},
 		"planned":                            {nil, nil, planned, Unmade},
-		"killed while it was written":        {cut, nil, planned, Remnant},
+		"cut before it was published":        {cut, nil, planned, Remnant},
 		"damaged, from elsewhere":            {cut, nil, never, Stray},
 		"killed before the journal":          {whole, nil, planned, Made},
-		"made elsewhere":                     {whole, nil, never, Made},
+		"put there before any run":           {whole, nil, never, Stray},
+		"put there after a killed run":       {others, nil, planned, Stray},
+		"put there, begun by an old journal": {whole, nil, begun, Stray},
 		"killed before it was published":     {whole, nil, at(Generated, ours), Made},
 		"published, and gone":                {whole, nil, at(Published, ours), Lost},
 		"read back, and gone":                {whole, nil, at(Acknowledged, ours), Lost},
