@@ -243,8 +243,7 @@ func (l *Line) Seal(ctx context.Context, lot string) error {
 }
 
 // Grant has deliver give out a lot's key for an operator, under the operator's KEK, with the lot's manifest, signed.
-// That it was granted is on record before it is given out, and is not if that fails. A revoked lot is granted to
-// nobody.
+// That it was granted is on record before it is given out, and is not if that fails. A revoked lot is never granted.
 func (l *Line) Grant(ctx context.Context, lot, operator string, deliver func(jws []byte) error) error {
 	jws, err := l.grant(ctx, lot, operator)
 	if err != nil {

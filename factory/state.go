@@ -92,8 +92,7 @@ func Fits(token Token, path string) error {
 // Log is the audit log of all commands that use the token.
 func (s State) Log() auditlog.Log { return auditlog.Log{Dir: s.Dir} }
 
-// SignLog signs a line of the audit log by the token. Before factory init, when there is no signing key, it does
-// nothing.
+// SignLog signs a line of the audit log by the token. Before factory init, when it has no signing key, it does nothing.
 func (s State) SignLog(token Token, head *auditlog.Head) error {
 	signer, err := openSigner(token)
 	if errors.Is(err, errNoSigningKey) {
