@@ -51,7 +51,7 @@ var LeavesUnderTrusted = ck.Attributes{
 }
 
 // What our keys are used by. By CKA_ALLOWED_MECHANISMS, a token refuses all else: with CKM_AES_CBC_PAD or CKM_RSA_PKCS,
-// C_UnwrapKey says whether a padding is right, which is a padding oracle (docs/decisions/0090-mechanisms.md). It holds
+// C_UnwrapKey says whether a padding is right, which is a padding oracle (docs/decisions/0054-mechanisms.md). It holds
 // both names of AES-KWP, since a token's next firmware may have the other one.
 var (
 	ByOAEP    = ck.Mechanisms(OAEP)
