@@ -1,11 +1,13 @@
 package hsmkeys
 
 import (
+	"bytes"
 	"crypto"
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
+	"fmt"
 	"os"
 	"slices"
 	"strings"
@@ -63,26 +65,44 @@ func TestAttributes(t *testing.T) {
 		token *base
 		class uint
 		key   Key
-		want  string // the attributes that are true
+		want  string        // the attributes that are true
+		by    ck.Attributes // what it allows
 	}{
 		{"lot key", factory.base, pkcs11.CKO_PRIVATE_KEY, testLot,
-			"TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED"},
+			"TOKEN PRIVATE SENSITIVE EXTRACTABLE MODIFIABLE ALWAYS_SENSITIVE LOCAL DECRYPT WRAP_WITH_TRUSTED",
+			keyspec.ByRawRSA},
 		{"signing key", factory.base, pkcs11.CKO_PRIVATE_KEY, testSigning,
-			"TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN"},
+			"TOKEN PRIVATE SENSITIVE ALWAYS_SENSITIVE NEVER_EXTRACTABLE LOCAL SIGN",
+			ck.Mechanisms(pkcs11.CKM_ECDSA)},
 		{"injection key", factory.base, pkcs11.CKO_SECRET_KEY, testInjection,
-			"TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
+			"TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED",
+			keyspec.ByKWP},
 		{"KEK at the factory", factory.base, pkcs11.CKO_SECRET_KEY, testKEK,
-			"TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED"},
-		{"KEK at the operator", operator.base, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN PRIVATE SENSITIVE UNWRAP"},
-		{"lot key at the operator", operator.base, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE DECRYPT"},
+			"TOKEN SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP WRAP_WITH_TRUSTED TRUSTED",
+			keyspec.ByKWP},
+		{"KEK at the operator", operator.base, pkcs11.CKO_SECRET_KEY, testKEK, "TOKEN PRIVATE SENSITIVE UNWRAP",
+			keyspec.ByKWP},
+		{"lot key at the operator", operator.base, pkcs11.CKO_PRIVATE_KEY, testLot, "TOKEN PRIVATE SENSITIVE DECRYPT",
+			keyspec.ByRawRSA},
 		{"storage key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Storage,
-			"TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED"},
+			"TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL WRAP UNWRAP WRAP_WITH_TRUSTED",
+			keyspec.BySealing},
 		{"ledger key", operator.base, pkcs11.CKO_SECRET_KEY, keyspec.Ledger,
-			"TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED"},
+			"TOKEN PRIVATE SENSITIVE EXTRACTABLE ALWAYS_SENSITIVE LOCAL SIGN WRAP_WITH_TRUSTED",
+			ck.Mechanisms(pkcs11.CKM_SHA256_HMAC)},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if got := trueAttributes(t, c.token, c.token.mustFind(t, c.class, c.key)); got != c.want {
 				t.Errorf("\n got %s\nwant %s", got, c.want)
+			}
+			if err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error {
+				got, err := s.Get(c.token.mustFind(t, c.class, c.key), pkcs11.CKA_ALLOWED_MECHANISMS)
+				if err == nil && !bytes.Equal(got[0], c.by[0].Value) {
+					err = fmt.Errorf("allows % X, want % X", got[0], c.by[0].Value)
+				}
+				return err
+			}); err != nil {
+				t.Error(err)
 			}
 		})
 		// Nobody gets at what is secret, nor changes what the key may do.

@@ -31,7 +31,7 @@ func EnrollKey(ctx context.Context, tokenURI string, officer PIN, k Key, to *rsa
 	}
 	template := ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_TRUSTED, true)},
 		keyspec.LeavesUnderTrusted,
-		ck.Use(ck.Usages, pkcs11.CKA_WRAP), ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
+		ck.Use(ck.Usages, pkcs11.CKA_WRAP), keyspec.ByKWP, ck.Nested(pkcs11.CKA_WRAP_TEMPLATE, wraps))
 	err = asOfficer(tokenURI, officer, func(b *base) error {
 		if err := b.checkRecipient(ctx, keyspec.Recipient(k), to); err != nil {
 			return err

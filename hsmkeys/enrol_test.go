@@ -104,6 +104,79 @@ func TestUnwrapTemplates(t *testing.T) {
 	}
 }
 
+// A key that unwraps or receives does so by no mechanism but its own: others are padding oracles. SoftHSM 2.6.1 says
+// CKR_MECHANISM_INVALID.
+func TestUnwrapTemplatesAllowOneMechanism(t *testing.T) {
+	ctx := t.Context()
+	operator, factory, transport, _ := newSides(t)
+	_, sealed, err := operator.sample(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := operator.UnwrapKEK(ctx, testKEK, transport,
+		must[[]byte](t)(factory.WrapEnrolled(ctx, testKEK))); err != nil {
+		t.Fatal(err)
+	}
+	restore := must[*rsa.PublicKey](t)(operator.NewRestoreKey(ctx))
+	receiver := func(label string, pub *rsa.PublicKey) (h pkcs11.ObjectHandle) {
+		if err := operator.hsm.With(ctx, "test", func(s *p11.Session) (err error) {
+			h, err = keyop.Receiver(s, label, pub)
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		return h
+	}
+	kek := factory.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK)
+	for _, c := range []struct {
+		name      string
+		token     *base
+		mechanism uint
+		with      func(s *p11.Session, m uint) error
+	}{
+		{"the KEK unwraps by AES key wrap", operator.base, pkcs11.CKM_AES_KEY_WRAP,
+			unwrapping(operator.mustFind(t, pkcs11.CKO_SECRET_KEY, testKEK), sealed[1:], keyspec.ImportedLot)},
+		{"the storage key unwraps by AES-KWP", operator.base, operator.hsm.KWP(),
+			unwrapping(operator.mustFind(t, pkcs11.CKO_SECRET_KEY, keyspec.Storage), sealed[1:], keyspec.KME)},
+		{"the transport key unwraps by PKCS #1 v1.5", operator.base, pkcs11.CKM_RSA_PKCS,
+			unwrapping(receiver(keyspec.TransportLabel, transport), make([]byte, 384), keyspec.ImportedKEK)},
+		{"a restore key unwraps by PKCS #1 v1.5", operator.base, pkcs11.CKM_RSA_PKCS,
+			unwrapping(receiver(keyspec.RestoreLabel, restore), make([]byte, 384), keyspec.ImportedKEK)},
+		{"the lot key decrypts by PKCS #1 v1.5", factory.base, pkcs11.CKM_RSA_PKCS,
+			func(s *p11.Session, m uint) error {
+				_, err := s.Decrypt(m, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot), make([]byte, 256),
+					make([]byte, 256))
+				return err
+			}},
+		{"the KEK is wrapped by PKCS #1 v1.5", factory.base, pkcs11.CKM_RSA_PKCS,
+			func(s *p11.Session, m uint) error {
+				_, err := s.Wrap(m, factory.mustFind(t, pkcs11.CKO_PUBLIC_KEY, keyspec.Recipient(testKEK)), kek,
+					make([]byte, keyspec.WrappedRoom))
+				return err
+			}},
+		{"the KEK wraps by AES key wrap", factory.base, pkcs11.CKM_AES_KEY_WRAP,
+			func(s *p11.Session, m uint) error {
+				_, err := s.Wrap(m, kek, factory.mustFind(t, pkcs11.CKO_PRIVATE_KEY, testLot),
+					make([]byte, keyspec.WrappedRoom))
+				return err
+			}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			err := c.token.hsm.With(ctx, "test", func(s *p11.Session) error { return c.with(s, c.mechanism) })
+			if !ck.IsCKR(err, pkcs11.CKR_MECHANISM_INVALID) {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func unwrapping(h pkcs11.ObjectHandle, wrapped []byte, as ck.Attributes) func(*p11.Session, uint) error {
+	return func(s *p11.Session, m uint) error {
+		_, err := s.Unwrap(m, h, wrapped, ck.InSession(as))
+		return err
+	}
+}
+
 // Whoever has the factory's user PIN sends each key only where it belongs. A fixture's key may be in software: nothing
 // but its own injection key may be wrapped under it, although the security officer has made it TRUSTED.
 func TestWhatLeavesTheFactory(t *testing.T) {

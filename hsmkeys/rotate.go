@@ -131,7 +131,7 @@ func (r *Rotation) earlier(s *p11.Session, generation int) (pkcs11.ObjectHandle,
 			return 0, err
 		}
 		here := ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true), ck.Attr(pkcs11.CKA_TOKEN, false)}
-		h, err := s.Unwrap(keyspec.OAEP, private, wrapped, ck.Frozen(keyspec.ImportedKEK, here))
+		h, err := s.Unwrap(keyspec.OAEP, private, wrapped, ck.Frozen(keyspec.ImportedKEK, keyspec.BySealing, here))
 		return h, p11.Explain("unwrap "+keyspec.StorageGeneration(generation).Label(), err)
 	})
 }

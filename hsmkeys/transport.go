@@ -80,7 +80,7 @@ func (t *OperatorToken) UnwrapKEK(ctx context.Context, kek Key, transport *rsa.P
 			return err
 		}
 		template := ck.Join(keyspec.ImportedKEK, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)},
-			traits.Unwraps(keyspec.ImportedLot))
+			keyspec.ByKWP, traits.Unwraps(keyspec.ImportedLot))
 		unwrap := func(where ck.Attributes) (pkcs11.ObjectHandle, error) {
 			h, err := s.Unwrap(keyspec.OAEP, h, wrapped, ck.Frozen(template, where))
 			return h, p11.Explain("unwrap the KEK with the transport key: it was made for another key, or damaged", err)
@@ -133,7 +133,8 @@ func (t *OperatorToken) UnwrapLotKey(
 		}
 		unwrap := func(where ck.Attributes) (pkcs11.ObjectHandle, error) {
 			h, err := s.Unwrap(t.hsm.KWP(), w, wrapped,
-				ck.Frozen(keyspec.ImportedLot, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, where))
+				ck.Frozen(keyspec.ImportedLot, keyspec.ByRawRSA, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)},
+					where))
 			return h, p11.Explain("unwrap "+lot.Label(), err)
 		}
 		err = try(s, unwrap, func(h pkcs11.ObjectHandle) error { return keyop.Prove(s, h, pub) })

@@ -62,6 +62,15 @@ func Nested(typ uint, members ...Attributes) Attributes {
 	return append(Attributes{{Type: typ, Value: []byte{byte(len(all))}}}, all...)
 }
 
+// Mechanisms allows a key the mechanisms named, and no other. Its value is an array of CK_ULONG, not a template.
+func Mechanisms(allowed ...uint) Attributes {
+	var value []byte
+	for _, m := range allowed {
+		value = append(value, Attr(pkcs11.CKA_ALLOWED_MECHANISMS, m).Value...)
+	}
+	return Attributes{{Type: pkcs11.CKA_ALLOWED_MECHANISMS, Value: value}}
+}
+
 // With is a template with other values of some attributes.
 func With(template Attributes, changes ...*pkcs11.Attribute) Attributes {
 	out := slices.Clone(template)

@@ -260,7 +260,7 @@ func shape(a Attributes) (rows []C.ck, values []byte, err error) {
 	}
 	rows, values = make([]C.ck, 0, 3*C.max_attributes), make([]byte, 0, size)
 	for _, e := range a {
-		if e.Type&ckfArrayAttribute != 0 {
+		if e.Type&ckfArrayAttribute != 0 && e.Type != pkcs11.CKA_ALLOWED_MECHANISMS {
 			rows = append(rows, C.ck(e.Type), 0, C.ck(e.Value[0]))
 			continue
 		}

@@ -7,9 +7,10 @@ import (
 )
 
 // Optional has attributes that some tokens do not support, and without which our objects still work. NSS softoken has
-// none for either in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. The doctor sees what keys lose
-// by that when it copies one.
-var Optional = []uint{pkcs11.CKA_COPYABLE, pkcs11.CKA_DESTROYABLE}
+// none of them in token objects: C_GenerateKey with one of them is CKR_GENERAL_ERROR. The doctor sees what keys lose by
+// that when it copies one, and when it unwraps by other mechanisms.
+var Optional = Join(Attributes{Attr(pkcs11.CKA_COPYABLE, false), Attr(pkcs11.CKA_DESTROYABLE, false)},
+	Mechanisms(pkcs11.CKM_AES_KEY_WRAP))
 
 // Refused has the return codes for a template that a token does not support. None says which attribute is meant, and
 // some have other meanings, too.
@@ -29,7 +30,7 @@ func (s *Session) Fitting(
 		return h, err
 	}
 	for i, o := range Optional {
-		if lacks&(1<<i) == 0 && has(a, o) && s.lacking(o) {
+		if lacks&(1<<i) == 0 && has(a, o.Type) && s.lacking(o) {
 			lacks |= 1 << i
 		}
 	}
@@ -47,8 +48,8 @@ func has(a Attributes, typ uint) bool {
 // leavingOut leaves out those of Optional that are in lacks.
 func leavingOut(a Attributes, lacks uint32) Attributes {
 	for i, o := range Optional {
-		if lacks&(1<<i) != 0 && has(a, o) {
-			a = Without(a, o)
+		if lacks&(1<<i) != 0 && has(a, o.Type) {
+			a = Without(a, o.Type)
 		}
 	}
 	return a
@@ -56,7 +57,7 @@ func leavingOut(a Attributes, lacks uint32) Attributes {
 
 // lacking tries whether the token refuses a token object just because of an attribute. It tries more than once: after a
 // passing fault, a key would be made without its protection for good.
-func (s *Session) lacking(typ uint) bool {
+func (s *Session) lacking(attribute *pkcs11.Attribute) bool {
 	try := func(more ...*pkcs11.Attribute) error {
 		h, err := s.Ctx.GenerateKey(s.ID, Mechanism(pkcs11.CKM_AES_KEY_GEN),
 			Join(Use(Usages), more, Unextractable, Attributes{
@@ -68,6 +69,6 @@ func (s *Session) lacking(typ uint) bool {
 		}
 		return err
 	}
-	refused := func() bool { return IsCKR(try(Attr(typ, false)), Refused...) }
+	refused := func() bool { return IsCKR(try(attribute), Refused...) }
 	return refused() && try() == nil && refused()
 }

@@ -136,7 +136,10 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspe
 	for _, u := range known {
 		expect(u, slices.Contains(want.usages, u))
 	}
+	anyhow := false // it unwraps by every mechanism
 	if slices.Contains(want.usages, pkcs11.CKA_UNWRAP) {
+		size, err := x.s.Size(h, pkcs11.CKA_ALLOWED_MECHANISMS)
+		anyhow = !x.away(err) && (err != nil || size == 0)
 		if size, err := x.s.Size(h, pkcs11.CKA_UNWRAP_TEMPLATE); !x.away(err) && (err != nil || size == 0) {
 			wrong = append(wrong, "it has no CKA_UNWRAP_TEMPLATE: what it unwraps can be had in clear")
 		}
@@ -162,13 +165,17 @@ func (x *trial) key(class uint, h pkcs11.ObjectHandle, label string, role keyspe
 		}
 	case len(unsaid) > 0:
 		f.OK, f.Required, f.Consequence = false, false, "the token does not say "+strings.Join(unsaid, ", ")
-	case want.made && !made:
-		f.OK, f.Required = false, false
-		f.Consequence = "it was not made in this token: right only for a key that was restored from a backup"
 	case role == keyspec.RoleTransport:
 		f.OK, f.Required = false, false
 		f.Consequence = "it waits for its enrolment; if none is under way, end it: keysvc transport list, keysvc " +
 			"transport destroy"
+	case anyhow:
+		f.OK, f.Required = false, false
+		f.Consequence = "it unwraps by every mechanism of the token, for it has no CKA_ALLOWED_MECHANISMS: if it was " +
+			"made by an earlier release, replace it: keysvc storage rotate; for a KEK, enroll again"
+	case want.made && !made:
+		f.OK, f.Required = false, false
+		f.Consequence = "it was not made in this token: right only for a key that was restored from a backup"
 	}
 	x.report = append(x.report, f)
 }

@@ -232,7 +232,8 @@ func (x *trial) unwrapping() {
 	}
 	// One pair is both: the transport key, and the lot key that is granted.
 	pub, priv, err := x.pair(append(keyspec.RSAPublic(2048), ck.Attr(pkcs11.CKA_WRAP, true)),
-		ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP), traits.Unwraps(keyspec.ImportedKEK))
+		ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP), keyspec.ByOAEP,
+		traits.Unwraps(keyspec.ImportedKEK))
 	if !x.can("CKA_UNWRAP_TEMPLATE on a new RSA key", means, err) {
 		return
 	}
@@ -245,17 +246,19 @@ func (x *trial) unwrapping() {
 		return
 	}
 	x.against("a KEK", means, keyspec.OAEP, priv, enrolment, keyspec.ImportedKEK, pkcs11.CKA_DECRYPT)
+	x.others("a transport key", priv, keyspec.ImportedKEK, keyspec.OAEP)
 	grant, err := x.wrap(x.t.KWP(), kek, priv)
 	if !x.can("wraps a lot key", means, err) {
 		return
 	}
 	template := ck.InSession(keyspec.ImportedKEK, ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)},
-		traits.Unwraps(keyspec.ImportedLot))
+		keyspec.ByKWP, traits.Unwraps(keyspec.ImportedLot))
 	taken, err := x.s.Unwrap(keyspec.OAEP, priv, enrolment, template)
 	if !x.can("CKA_UNWRAP_TEMPLATE on a KEK that is unwrapped", means, err) {
 		return
 	}
 	x.against("a lot key", means, x.t.KWP(), taken, grant, keyspec.ImportedLot, pkcs11.CKA_SIGN)
+	x.others("a KEK", taken, keyspec.ImportedLot, pkcs11.CKM_AES_KEY_WRAP_PAD, p11.AESKWP)
 	reads := func(kek pkcs11.ObjectHandle, err error) answer {
 		if err != nil {
 			return err
@@ -268,7 +271,7 @@ func (x *trial) unwrapping() {
 	x.refuses("forget CKA_UNWRAP_TEMPLATE on a copy", means, reads(x.copy(taken)), reads(x.copy(taken, none)))
 	x.refuses("clear CKA_UNWRAP_TEMPLATE", means, reads(taken, x.s.Set(taken, none)))
 
-	storage, err := x.aes(traits.Leaves(), carries, traits.Unwraps(keyspec.KME))
+	storage, err := x.aes(traits.Leaves(), carries, keyspec.BySealing, traits.Unwraps(keyspec.KME))
 	if !x.can("CKA_UNWRAP_TEMPLATE on a storage key", means, err) {
 		return
 	}
@@ -283,6 +286,62 @@ func (x *trial) unwrapping() {
 		return
 	}
 	x.against("a KME", means, pkcs11.CKM_AES_KEY_WRAP, storage, sealed, keyspec.KME, pkcs11.CKA_SIGN)
+	x.others("a storage key", storage, keyspec.KME, pkcs11.CKM_AES_KEY_WRAP)
+}
+
+// others tries to unwrap and to decrypt with a key by mechanisms that are not its own. What the token is given is no
+// wrapped key. So it refuses a mechanism only if it says that; any other error is about what it was given.
+func (x *trial) others(key string, h pkcs11.ObjectHandle, template ck.Attributes, own ...uint) {
+	f := Finding{Check: "refuses to unwrap and decrypt with " + key + " by other mechanisms than ours", OK: true,
+		For: "the user PIN gives no padding oracle, which would decrypt a wrapped key", Required: true}
+	var does []string
+	for _, m := range deciphering {
+		has, err := x.t.Can(m.mechanism, 0)
+		if x.away(err) {
+			return
+		}
+		if !has || slices.Contains(own, m.mechanism) {
+			continue
+		}
+		how, in := []*pkcs11.Mechanism{pkcs11.NewMechanism(m.mechanism, m.iv)}, make([]byte, 256)
+		_, unwraps := x.s.Ctx.UnwrapKey(x.s.ID, how, h, in, ck.InSession(template))
+		decrypts := x.s.Ctx.DecryptInit(x.s.ID, how, h)
+		if decrypts == nil {
+			_, decrypts = x.s.Ctx.Decrypt(x.s.ID, in)
+		}
+		if x.away(unwraps) || x.away(decrypts) {
+			return
+		}
+		if !ck.IsCKR(unwraps, notByThisKey...) || !ck.IsCKR(decrypts, notByThisKey...) {
+			does = append(does, m.name)
+		}
+	}
+	if len(does) > 0 {
+		f.OK, f.Consequence = false, x.follows()+", by "+strings.Join(does, ", ")
+	}
+	x.report = append(x.report, f)
+}
+
+// deciphering has mechanisms that unwrap or decrypt.
+var deciphering = []struct {
+	name      string
+	mechanism uint
+	iv        []byte
+}{
+	{name: "CKM_AES_ECB", mechanism: pkcs11.CKM_AES_ECB},
+	{name: "CKM_AES_CBC", mechanism: pkcs11.CKM_AES_CBC, iv: make([]byte, 16)},
+	{name: "CKM_AES_CBC_PAD", mechanism: pkcs11.CKM_AES_CBC_PAD, iv: make([]byte, 16)},
+	{name: "CKM_AES_KEY_WRAP", mechanism: pkcs11.CKM_AES_KEY_WRAP},
+	{name: "CKM_AES_KEY_WRAP_PAD", mechanism: pkcs11.CKM_AES_KEY_WRAP_PAD},
+	{name: "CKM_AES_KEY_WRAP_KWP", mechanism: p11.AESKWP},
+	{name: "CKM_RSA_PKCS", mechanism: pkcs11.CKM_RSA_PKCS},
+	{name: "CKM_RSA_X_509", mechanism: pkcs11.CKM_RSA_X_509},
+}
+
+// notByThisKey has the return codes that say nothing of what was to be deciphered.
+var notByThisKey = []pkcs11.Error{
+	pkcs11.CKR_MECHANISM_INVALID, pkcs11.CKR_KEY_FUNCTION_NOT_PERMITTED, pkcs11.CKR_ACTION_PROHIBITED,
+	pkcs11.CKR_KEY_TYPE_INCONSISTENT, pkcs11.CKR_UNWRAPPING_KEY_TYPE_INCONSISTENT,
 }
 
 // against tries to unwrap a key in ways that a template forbids.

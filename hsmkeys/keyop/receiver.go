@@ -21,7 +21,7 @@ func NewReceiver(s *p11.Session, label string, unwraps ck.Attributes) (*rsa.Publ
 	rand.Read(id)
 	private := ck.Frozen(ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true), ck.Attr(pkcs11.CKA_ID, id),
 		ck.Attr(pkcs11.CKA_LABEL, keyspec.ReceiverLabel(label, id))},
-		ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP), unwraps)
+		ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_UNWRAP), keyspec.ByOAEP, unwraps)
 	public, h, err := s.GeneratePair(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, keyspec.RSAPublic(3072), private)
 	if err != nil {
 		return nil, p11.Explain("make a transport key", err)

@@ -31,7 +31,7 @@ func Wrapping(pub *rsa.PublicKey) ck.Attributes {
 	return append(ck.Attributes{
 		ck.Attr(pkcs11.CKA_CLASS, pkcs11.CKO_PUBLIC_KEY), ck.Attr(pkcs11.CKA_PRIVATE, false),
 		ck.Attr(pkcs11.CKA_WRAP, true), ck.Attr(pkcs11.CKA_ENCRYPT, false), ck.Attr(pkcs11.CKA_VERIFY, false),
-	}, rsaValue(pub)...)
+	}, ck.Join(ByOAEP, rsaValue(pub))...)
 }
 
 func rsaValue(pub *rsa.PublicKey) ck.Attributes {

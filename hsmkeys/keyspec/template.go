@@ -6,6 +6,7 @@ import (
 	"github.com/miekg/pkcs11"
 
 	"github.com/kmehsm/kmehsm/hsmkeys/ck"
+	"github.com/kmehsm/kmehsm/hsmkeys/p11"
 )
 
 // OAEP is RSA-OAEP with SHA-1 and MGF1-SHA-1, JOSE's "RSA-OAEP" (RFC 7518 section 4.3): the one parameter set that
@@ -49,6 +50,18 @@ var LeavesUnderTrusted = ck.Attributes{
 	ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true),
 }
 
+// What our keys are used by. By CKA_ALLOWED_MECHANISMS, a token refuses all else: with CKM_AES_CBC_PAD or CKM_RSA_PKCS,
+// C_UnwrapKey says whether a padding is right, which is a padding oracle (docs/decisions/0054-mechanisms.md). It holds
+// both names of AES-KWP, since a token's next firmware may have the other one.
+var (
+	ByOAEP    = ck.Mechanisms(OAEP)
+	ByKWP     = ck.Mechanisms(pkcs11.CKM_AES_KEY_WRAP_PAD, p11.AESKWP)
+	BySealing = ck.Mechanisms(pkcs11.CKM_AES_KEY_WRAP)
+	ByRawRSA  = ck.Mechanisms(pkcs11.CKM_RSA_X_509)
+	byECDSA   = ck.Mechanisms(pkcs11.CKM_ECDSA)
+	byHMAC    = ck.Mechanisms(pkcs11.CKM_SHA256_HMAC)
+)
+
 // Named is common to token objects, which are found again by their CKA_ID.
 func Named(k Key) ck.Attributes {
 	return ck.Attributes{
@@ -65,12 +78,12 @@ func SigningPublic(k Key) ck.Attributes {
 }
 
 func SigningPrivate(k Key) ck.Attributes {
-	return ck.Frozen(Named(k), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_SIGN))
+	return ck.Frozen(Named(k), ck.Guarded(false), ck.Use(ck.PrivateUsages, pkcs11.CKA_SIGN), byECDSA)
 }
 
 // Lot is the template of a lot key in a factory's token. The object stays modifiable, because sealing changes it. Until
 // then, WRAP_WITH_TRUSTED protects it.
-var Lot = ck.Join(ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT), ck.Attributes{
+var Lot = ck.Join(ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT), ByRawRSA, ck.Attributes{
 	ck.Attr(pkcs11.CKA_WRAP_WITH_TRUSTED, true), ck.Attr(pkcs11.CKA_COPYABLE, false),
 })
 
@@ -78,13 +91,13 @@ var Lot = ck.Join(ck.Guarded(true), ck.Use(ck.PrivateUsages, pkcs11.CKA_DECRYPT)
 // EncryptRANDs give it.
 func StorageTemplate(t Traits) ck.Attributes {
 	return ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
-		ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), t.Unwraps(KME))
+		ck.Use(ck.Usages, pkcs11.CKA_WRAP, pkcs11.CKA_UNWRAP), BySealing, t.Unwraps(KME))
 }
 
 // LedgerTemplate is the ledger key's.
 func LedgerTemplate(t Traits) ck.Attributes {
 	return ck.Join(ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, true)}, t.Leaves(),
-		ck.Use(ck.Usages, pkcs11.CKA_SIGN))
+		ck.Use(ck.Usages, pkcs11.CKA_SIGN), byHMAC)
 }
 
 // CarriedTemplate is that of a storage or ledger key that comes from another token.

@@ -272,8 +272,14 @@ func TestNothingIsLeftOutInVain(t *testing.T) {
 				t.Errorf("lacks %b before anything was made", lacks)
 			}
 			err := token.With(t.Context(), "test", func(s *Session) error {
-				return s.PutNote("test", []byte("x"),
-					ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_DESTROYABLE, false)})
+				h, err := s.Generate(pkcs11.CKM_AES_KEY_GEN, ck.Join(ck.Use(ck.Usages), ck.Guarded(false),
+					ck.Mechanisms(pkcs11.CKM_AES_ECB), ck.Attributes{ck.Attr(pkcs11.CKA_TOKEN, true),
+						ck.Attr(pkcs11.CKA_VALUE_LEN, 32)}))
+				if err != nil {
+					return err
+				}
+				return errors.Join(s.Destroy(h), s.PutNote("test", []byte("x"),
+					ck.Attributes{ck.Attr(pkcs11.CKA_PRIVATE, false), ck.Attr(pkcs11.CKA_DESTROYABLE, false)}))
 			})
 			if err != nil {
 				t.Fatal(err)

@@ -32,6 +32,11 @@ var (
 		"refuses to unwrap a KME otherwise than as CKA_UNWRAP_TEMPLATE says",
 		"refuses to forget CKA_UNWRAP_TEMPLATE on a copy", "refuses to clear CKA_UNWRAP_TEMPLATE",
 	}
+	mechanisms = []string{
+		"refuses to unwrap and decrypt with a transport key by other mechanisms than ours",
+		"refuses to unwrap and decrypt with a KEK by other mechanisms than ours",
+		"refuses to unwrap and decrypt with a storage key by other mechanisms than ours",
+	}
 )
 
 // SoftHSM does all that it must, on both sides. A token that does one thing which it must not is found out by the trial
@@ -91,6 +96,9 @@ func TestWeaknesses(t *testing.T) {
 		{"ignores C_GenerateKey 0x40000212", []hsmkeys.Side{hsmkeys.Operator}, nil, templates[2:3]},
 		{"refuses * 0x40000212", []hsmkeys.Side{hsmkeys.Operator}, nil,
 			[]string{"refuses to unwrap a key otherwise than as CKA_UNWRAP_TEMPLATE says"}},
+		{"ignores * 0x40000600", []hsmkeys.Side{hsmkeys.Operator}, nil, mechanisms},
+		{"ignores C_UnwrapKey 0x40000600", []hsmkeys.Side{hsmkeys.Operator}, nil, mechanisms[1:2]},
+		{"refuses * 0x40000600", []hsmkeys.Side{hsmkeys.Operator}, nil, mechanisms},
 	} {
 		for _, side := range c.sides {
 			t.Run(string(side)+" "+c.tell, func(t *testing.T) {
@@ -184,6 +192,7 @@ func TestWeakOperator(t *testing.T) {
 		{"ignores * 0x40000212", "it does not refuse to unwrap a KME otherwise than as CKA_UNWRAP_TEMPLATE says"},
 		{"allows C_GenerateKey 0x86", "it does not refuse to make a TRUSTED key for the user, C_GenerateKey"},
 		{"ignores * 0x210", "it does not refuse to wrap a WRAP_WITH_TRUSTED key under another"},
+		{"refuses * 0x40000600", "it does not refuse to unwrap and decrypt with a storage key by other"},
 	} {
 		t.Run(c.tell, func(t *testing.T) {
 			tok := softhsmtest.Token(t)
@@ -213,6 +222,10 @@ func TestWeakOperator(t *testing.T) {
 				if strings.Contains(c.tell, "0x86") && f.Check == `key "kme storage"` &&
 					f.Attributes["CKA_EXTRACTABLE"] {
 					t.Error("the storage key can leave under a key that the user has made TRUSTED")
+				}
+				if f.Check == `key "kme storage"` && c.tell == "refuses * 0x40000600" &&
+					!strings.Contains(f.Consequence, "it has no CKA_ALLOWED_MECHANISMS") {
+					t.Errorf("%+v", f)
 				}
 			}
 			for check, what := range wrong {
