@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -67,12 +66,11 @@ type Options struct {
 // idempotent: all are but OpenProvisioning and a report of a failed authentication. These two are repeated only if the
 // service has certainly not begun them, because it is about to end, or there is no connection.
 //
-// Several instances share the calls. A call that may be repeated goes to the next instance at once. An instance that
+// Several instances share the calls. A call that may be repeated goes to another instance at once. An instance that
 // cannot be reached, is silent, or has lost its HSM or its store gets no calls until its /readyz says that it is ready,
 // unless all instances are like that.
 type Client struct {
 	instances []*instance
-	turn      atomic.Uint32 // which instance gets the next call
 	timeout   time.Duration
 	tries     int
 }
@@ -294,8 +292,7 @@ func try[A any](
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var tried instances
-	turn := c.turn.Add(1)
-	at := c.pick(turn, tried)
+	at := c.pick(tried)
 	for round, pause := 1, 20*time.Millisecond; ; {
 		answer, err := once(ctx, c, c.instances[at], again, call)
 		if err == nil {
@@ -303,7 +300,7 @@ func try[A any](
 		}
 		err, temporary := explain(err)
 		tried |= 1 << at
-		at = c.pick(turn, tried)
+		at = c.pick(tried)
 		if !again && !notBegun(err) || !temporary || at < 0 && round >= c.tries || ctx.Err() != nil {
 			return nil, err
 		}
@@ -317,7 +314,7 @@ func try[A any](
 		case <-time.After(pause/2 + rand.N(pause)):
 			pause *= 4
 		}
-		at = c.pick(turn, tried)
+		at = c.pick(tried)
 	}
 }
 

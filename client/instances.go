@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/url"
@@ -161,12 +162,11 @@ func (i *instance) ready(ctx context.Context) bool {
 // instances are a set, a bit each.
 type instances uint16
 
-// pick gives the next instance that was not tried and is not away; if all instances are away, any that was not tried.
-// -1 if there is none.
-func (c *Client) pick(turn uint32, tried instances) int {
+// pick gives any instance that was not tried and is not away; if all are away, any that was not tried. -1 if there is
+// none. It is random: by turns, which may be in step with attaches, one instance could get all calls of a kind.
+func (c *Client) pick(tried instances) int {
 	picked, allAway := -1, true
-	for n := range c.instances {
-		at := int((turn + uint32(n)) % uint32(len(c.instances)))
+	for _, at := range rand.Perm(len(c.instances)) {
 		away, free := c.instances[at].away(), tried&(1<<at) == 0
 		if free && !away {
 			return at

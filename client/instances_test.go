@@ -30,3 +30,19 @@ func TestSlowlyReady(t *testing.T) {
 		i.close()
 	}
 }
+
+// Whatever calls come in step, each instance gets its share of each kind.
+func TestInstancesInStep(t *testing.T) {
+	c := &Client{instances: []*instance{{}, {}}}
+	var got [2][2]int
+	for range 200 {
+		for kind := range got {
+			got[kind][c.pick(0)]++
+		}
+	}
+	for kind, by := range got {
+		if by[0] < 50 || by[1] < 50 {
+			t.Errorf("kind %d: %v", kind, by)
+		}
+	}
+}

@@ -55,14 +55,3 @@ func TestStreamIsChosenAndGivenACallAtOnce(t *testing.T) {
 		cancel()
 	}
 }
-
-// The turn goes round when it has counted to its end, also where an int has 32 bits (GOARCH=386 go test).
-func TestTurnGoesRound(t *testing.T) {
-	c := &Client{instances: []*instance{{}, {}, {}}}
-	c.turn.Store(1<<31 - 2)
-	for range 4 {
-		if at := c.pick(c.turn.Add(1), 0); at < 0 || at > 2 {
-			t.Errorf("instance %d of 3", at)
-		}
-	}
-}

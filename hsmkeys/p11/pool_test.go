@@ -36,9 +36,9 @@ func TestPool(t *testing.T) {
 	}
 	used := func() (n [2]int64) { return [2]int64{tokens[0].renewal.uses.Load(), tokens[1].renewal.uses.Load()} }
 	before := used()
-	load(20)
+	load(100)
 	after := used()
-	if one, two := after[0]-before[0], after[1]-before[1]; one < 60 || two < 60 {
+	if one, two := after[0]-before[0], after[1]-before[1]; one < 300 || two < 300 {
 		t.Errorf("the load is shared %d to %d", one, two)
 	}
 	// One is away: the other does it all, and no call fails.
@@ -91,15 +91,45 @@ func TestPoolGoesOn(t *testing.T) {
 		{[3][]error{nil, {wrong}, nil}, wrong, []number{2}},
 	} {
 		var asked []number
-		_, err := OnAny(t.Context(), NewPool[number](1, 2, 3), func(n number) (none struct{}, err error) {
-			asked = append(asked, n)
-			if says := c.says[n-1]; len(says) > 0 {
-				c.says[n-1], err = says[1:], says[0]
+		var err error
+		for range 1000 { // until it tries them in this order
+			says := c.says
+			asked = nil
+			_, err = OnAny(t.Context(), NewPool[number](1, 2, 3), func(n number) (none struct{}, err error) {
+				asked = append(asked, n)
+				if queue := says[n-1]; len(queue) > 0 {
+					says[n-1], err = queue[1:], queue[0]
+				}
+				return none, err
+			})
+			if slices.Equal(asked[:min(3, len(asked))], c.asked[:min(3, len(c.asked))]) {
+				break
 			}
-			return none, err
-		})
+		}
 		if !errors.Is(err, c.want) || !slices.Equal(asked, c.asked) {
 			t.Errorf("%v: %v, asked %v, want %v", c.says, err, asked, c.asked)
+		}
+	}
+}
+
+// Whatever a load in step does, each token gets its share of each kind.
+func TestPoolInStep(t *testing.T) {
+	p := NewPool[number](1, 2)
+	var got [2]map[number]int
+	for kind := range got {
+		got[kind] = map[number]int{}
+	}
+	for range 200 {
+		for kind := range got {
+			OnAny(t.Context(), p, func(n number) (none struct{}, err error) {
+				got[kind][n]++
+				return none, nil
+			})
+		}
+	}
+	for kind, by := range got {
+		if by[1] < 50 || by[2] < 50 {
+			t.Errorf("kind %d: %v", kind, by)
 		}
 	}
 }

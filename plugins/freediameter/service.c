@@ -17,7 +17,6 @@ static const char *const methods[] = {
 
 struct kme_service service;
 struct instance *instances;
-static unsigned turn;			/* which instance gets the next call */
 static struct kme_call **by_id;		/* those under way, at id % service.calls */
 static uint64_t earliest;		/* the earliest time-out among them */
 static struct kme_call *ended, *last_ended;	/* whose done() must be called */
@@ -103,16 +102,16 @@ static void leave(struct instance *i, const char *why)
 }
 
 /*
- * The next instance that was not tried for a call and is not away; if all instances are away, any that was not tried.
- * NULL: there is none.
+ * Any instance that was not tried for a call and is not away; if all are away, any that was not tried. NULL: there is
+ * none. It is random: by turns, which may be in step with attaches, one instance could get all calls of a kind.
  */
 static struct instance *pick(const struct kme_call *c)
 {
 	struct instance *picked = NULL;
-	int all_away = 1, n;
+	int all_away = 1, first = (int)(random() % service.n), n;
 
 	for (n = 0; n < service.n; n++) {
-		int at = (int)((turn + (unsigned)n) % (unsigned)service.n), made = !!(c->tried & 1u << at);
+		int at = (first + n) % service.n, made = !!(c->tried & 1u << at);
 		struct instance *i = &instances[at];
 
 		if (!made && !i->away)
@@ -229,7 +228,6 @@ int kme_start(struct kme_call *c)
 	c->deadline = kme_now() + (uint64_t)service.timeout_ms;
 	c->tried = 0;
 	c->again = 0;
-	turn = (turn + 1) % (unsigned)service.n;
 	return send_to(c, pick(c));
 }
 
