@@ -155,6 +155,16 @@ func (l *Lots) LogWithdrawn(log *slog.Logger) {
 // Len is how many ranges of IMEIs are served.
 func (l *Lots) Len() int { return len(l.ranges) }
 
+// Keys are those of the lots that are served.
+func (l *Lots) Keys() (keys []hsmkeys.Key) {
+	for _, lot := range l.imported {
+		if lot.TrustedLot != nil && !lot.Retired.Withdrawn {
+			keys = append(keys, lot.key)
+		}
+	}
+	return keys
+}
+
 // CheckDirectories reads one manifest of each manufacturer, of all at once, until ctx ends, and gives the errors by
 // manufacturer.
 func (l *Lots) CheckDirectories(ctx context.Context) map[string]error {

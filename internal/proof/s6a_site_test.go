@@ -152,25 +152,26 @@ func (s *site) serve(timeout time.Duration) {
 	s.t.Cleanup(s.client.Close)
 }
 
-// secondToken is a token with the keys of the first.
+// secondToken is a token with the keys of the first. Its commands name it: the state folder notes the first.
 func (s *site) secondToken() softhsmtest.Tok {
 	s.t.Helper()
 	second := softhsmtest.Make(s.t, s.path("softhsm"), "second")["second"]
 	said := func(tok softhsmtest.Tok, name, program string, args ...string) string {
 		s.t.Helper()
-		return field(s.t, s.run(tok, program, append(args, "--json")...), name)
+		return field(s.t, s.run(tok, program, append(args, "--token", tok.URI, "--json")...), name)
 	}
 	to := said(second, "thumbprint", "keysvc", "backup", "prepare", "--state", "spare", "--out", "restore-key.json")
 	made := said(s.operator, "thumbprint", "keysvc", "backup", "create", "--to", "restore-key.json", "--thumbprint", to,
 		"--so-pin-source", "file:"+s.operator.SOPINFile, "--out", "backup.json")
-	s.run(second, "keysvc", "backup", "restore", "backup.json", "--state", "spare", "--thumbprint", made)
+	s.run(second, "keysvc", "backup", "restore", "backup.json", "--state", "spare", "--thumbprint", made, "--token",
+		second.URI)
 	transport := said(second, "thumbprint", "keysvc", "transport", "new", "--out", "transport-2.json")
 	s.run(s.factory, "factory", "operator", "enroll", "op", "--transport-key", "transport-2.json", "--thumbprint",
 		transport, "--so-pin-source", "file:"+s.factory.SOPINFile, "--out", "enrolment-2.jws")
 	s.run(second, "keysvc", "enroll", "enrolment-2.jws", "--manufacturer", "var/factory/manufacturer.pem",
 		"--thumbprint",
-		said(s.factory, "manufacturer", "factory", "init"), "--directory", s.directory)
-	s.run(second, "keysvc", "lot", "import", "L1.jws")
+		said(s.factory, "manufacturer", "factory", "init"), "--directory", s.directory, "--token", second.URI)
+	s.run(second, "keysvc", "lot", "import", "L1.jws", "--token", second.URI)
 	return second
 }
 
