@@ -51,12 +51,12 @@ func inTime(t *testing.T, timeout time.Duration, try func(timeout time.Duration)
 
 func TestInstancesShare(t *testing.T) {
 	a, b, c := newInstances(t, testproc.Patience)
-	for range 20 {
+	for range 100 {
 		if _, err := c.GetBinding(t.Context(), parseIMSITest(t, bound)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if a, b := a.store.asked.Load(), b.store.asked.Load(); a != 10 || b != 10 {
+	if a, b := a.store.asked.Load(), b.store.asked.Load(); a < 20 || b < 20 || a+b != 100 {
 		t.Errorf("%d and %d calls", a, b)
 	}
 }
@@ -108,7 +108,7 @@ func TestInstanceSilent(t *testing.T) {
 	inTime(t, 2*time.Second, func(timeout time.Duration) error {
 		a, b, c = newInstances(t, timeout)
 		close(b.store.goOn)
-		for range 4 {
+		for n := 0; n < 4 || n < 100 && a.store.asked.Load() == 0; n++ {
 			if got, err := c.GetBinding(t.Context(), slow); err != nil || got.GetImsi() != kept {
 				return fmt.Errorf("%v, %v", got, err)
 			}
@@ -118,7 +118,7 @@ func TestInstanceSilent(t *testing.T) {
 	if a.store.asked.Load() == 0 {
 		t.Error("the silent one was not asked")
 	}
-	testproc.Await(t, "each has its turn", func() bool {
+	testproc.Await(t, "the silent one has a report", func() bool {
 		before := a.store.asked.Load() + b.store.asked.Load()
 		_, err := c.ReportAuthentication(t.Context(), slow, client.Origin{}, false)
 		if n := a.store.asked.Load() + b.store.asked.Load() - before; n != 1 {
@@ -156,7 +156,7 @@ func saysOverloaded(t *testing.T, timeout time.Duration) error {
 	a, b, c := newInstances(t, timeout)
 	one := parseIMSITest(t, bound)
 	get := func() (err error) {
-		for range 2 {
+		for range 20 { // at both
 			_, last := c.GetBinding(t.Context(), one)
 			err = errors.Join(err, last)
 		}
@@ -236,13 +236,13 @@ func TestInstanceLeavesAStreamOut(t *testing.T) {
 			go goAway(conn)
 		}
 	}()
-	for range 4 {
+	for range 20 {
 		if _, err := c.ReportAuthentication(t.Context(), parseIMSITest(t, bound), client.Origin{}, false); err != nil {
 			t.Error(err)
 		}
 	}
-	if asked := b.store.asked.Load(); asked != 4 {
-		t.Errorf("%d of 4 calls were made", asked)
+	if asked := b.store.asked.Load(); asked != 20 {
+		t.Errorf("%d of 20 calls were made", asked)
 	}
 }
 
@@ -270,7 +270,7 @@ func goAway(conn net.Conn) {
 func TestInstanceNotThere(t *testing.T) {
 	a, _, c := newInstances(t, testproc.Patience)
 	a.close()
-	for range 4 {
+	for range 10 {
 		if _, err := c.OpenProvisioning(t.Context(), parseIMSITest(t, bound), time.Hour); connect.CodeOf(err) ==
 			connect.CodeUnavailable {
 			t.Error(err)
@@ -303,7 +303,7 @@ func TestInstanceAnswersGarbage(t *testing.T) {
 	} {
 		a, _, c := newInstances(t, testproc.Patience)
 		a.handler.Handler = h
-		for range 4 {
+		for range 20 {
 			if got, err := c.GetBinding(t.Context(), parseIMSITest(t, bound)); err != nil || got.GetImsi() != bound {
 				t.Errorf("%s: %v, %v", what, got, err)
 			}
