@@ -34,6 +34,8 @@ type Progress struct {
 	Made      int `json:"made"`      // the ones that this run made keys for
 	Now       int `json:"now"`       // the ones that this run both made and published, for its rate
 
+	Changed bool `json:"-"` // this run has signed some for the directory
+
 	HSM     float64 `json:"hsm_share"`         // of the time of all workers so far, in the token
 	Publish float64 `json:"publish_share"`     // of the time of all publishers so far, in the directory
 	Waiting string  `json:"waiting,omitempty"` // what the run waits for
@@ -297,7 +299,7 @@ func (p *provisioning) generate(ctx context.Context, n int) error {
 	if err := p.j.Generated(p.m.Lot, n, packed.Package, jws); err != nil {
 		return err
 	}
-	p.note(func(r *Progress) { r.Generated += devices; r.Made += made })
+	p.note(func(r *Progress) { r.Generated += devices; r.Made += made; r.Changed = true })
 	p.backlog <- n
 	return nil
 }

@@ -40,7 +40,7 @@ func lotProvision(c *cli.Context) error {
 		}
 		if err != nil {
 			err = fmt.Errorf("%w (%d of %d devices done)", err, p.Done, p.Total)
-			if p.Generated > 0 || errors.Is(err, factory.ErrInterrupted) {
+			if p.Changed || errors.Is(err, factory.ErrInterrupted) {
 				return cmdline.Partial(err)
 			}
 			return err

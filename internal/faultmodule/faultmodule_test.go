@@ -23,7 +23,7 @@ import (
 var faulty *faultmodule.Module
 
 func TestMain(m *testing.M) {
-	softhsmtest.MainWith(m, 26, func() error {
+	softhsmtest.MainWith(m, 32, func() error {
 		dir, err := os.MkdirTemp(softhsmtest.Dir(), "fault-")
 		if err != nil {
 			return err
