@@ -28,13 +28,12 @@ import (
 
 // Progress is how far a Provision is. All but the shares are numbers of devices.
 type Progress struct {
-	Total     int `json:"total"`     // of the shards that this run is for
-	Generated int `json:"generated"` // of those, the ones whose injection package is whole
-	Done      int `json:"done"`      // of those, the ones whose keys are published, and were read back
-	Made      int `json:"made"`      // the ones that this run made keys for
-	Now       int `json:"now"`       // the ones that this run both made and published, for its rate
-
-	Changed bool `json:"-"` // this run has signed some for the directory
+	Total     int  `json:"total"`     // of the shards that this run is for
+	Generated int  `json:"generated"` // of those, the ones whose injection package is whole
+	Done      int  `json:"done"`      // of those, the ones whose keys are published, and were read back
+	Made      int  `json:"made"`      // the ones that this run made keys for
+	Now       int  `json:"now"`       // the ones that this run both made and published, for its rate
+	Changed   bool `json:"-"`         // this run has signed some for the directory
 
 	HSM     float64 `json:"hsm_share"`         // of the time of all workers so far, in the token
 	Publish float64 `json:"publish_share"`     // of the time of all publishers so far, in the directory
