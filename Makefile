@@ -114,7 +114,8 @@ empty :=
 any-of = $(subst $(empty) ,|,$(strip $(1)))
 
 # go test begins with what comes first: the packages that take longest, so that none of them runs alone in the end.
-LONGEST := ./internal/proof ./internal/faultmodule ./cmd ./binding
+LONGEST := ./internal/proof ./binding/sqlstore ./binding ./cmd ./directory ./internal/faultmodule ./vaultstore \
+	./factory/station ./hsmkeys ./internal/postgres
 
 check: lint deps-check ## lint, and the short tests that need no Vault, PostgreSQL, browser or Diameter
 	@$(if $(ROOT_ONLY),echo 'TestDoctorOnOpenCryptoki is left out: only root can run it')
