@@ -288,18 +288,19 @@ func (d *network) start(name string, extensions []string, peers ...string) *node
 	return &node{d, name, testproc.Start(d.t, cmd, ready)}
 }
 
-// connected waits until a daemon has so many open connections.
+// connected waits until a daemon has an open connection to each of these peers.
 func (n *node) connected(peers ...string) {
 	n.d.t.Helper()
 	testproc.Await(n.d.t, n.name+" connected", func() bool {
-		text := n.Log.String()
-		return !slices.ContainsFunc(peers, func(p string) bool {
-			// The last word on a peer counts: on its way to be closed it is open no more.
-			states := regexp.MustCompile(`-> '(STATE_\w+)'\t'`+regexp.QuoteMeta(identity(p))+
-				`'`).FindAllStringSubmatch(text, -1)
-			return len(states) == 0 || states[len(states)-1][1] != "STATE_OPEN"
-		})
+		return !slices.ContainsFunc(peers, func(p string) bool { return !n.open(p) })
 	})
+}
+
+// open says whether a daemon's last word on a peer is that it is open: on its way to be closed it is so no more.
+func (n *node) open(peer string) bool {
+	states := regexp.MustCompile(`-> '(STATE_\w+)'\t'`+regexp.QuoteMeta(identity(peer))+`'`).
+		FindAllStringSubmatch(n.Log.String(), -1)
+	return len(states) > 0 && states[len(states)-1][1] == "STATE_OPEN"
 }
 
 // stop ends a daemon, which must end well. But freeDiameter 1.2.1 gives its own threads 20 turns to leave a queue at

@@ -249,9 +249,9 @@ func severalInstances(t *testing.T, d *network) {
 		air("one is silent", vector)
 	}
 	left(a)
-	if !strings.Contains(hss.Log.String(), a.path+": no answer within timeout_ms: it gets no calls") {
-		t.Error("the log does not say that it is silent")
-	}
+	testproc.Await(t, "the log says that it is silent", func() bool {
+		return strings.Contains(hss.Log.String(), a.path+": no answer within timeout_ms: it gets no calls")
+	})
 	close(silence)
 	shared()
 	forgotten(t, a, m)

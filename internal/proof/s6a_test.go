@@ -46,9 +46,9 @@ func TestS6a(t *testing.T) {
 			if states := d.states(); states["ACTIVE"] != devices || len(states) != 1 {
 				t.Errorf("bindings %v, want %d ACTIVE", states, devices)
 			}
-			if n := strings.Count(nodes[0].Log.String(), "resynchronised"); n != devices {
-				t.Errorf("the HSS was resynchronised %d times, not %d", n, devices)
-			}
+			testproc.Await(t, fmt.Sprintf("the HSS was resynchronised %d times", devices), func() bool {
+				return strings.Count(nodes[0].Log.String(), "resynchronised") == devices
+			})
 			for i, kind := range []string{"kme", "signature", "payload", "other-device", "other-lot", "replay"} {
 				first := devices + 5*i
 				if kind == "replay" {
@@ -231,7 +231,9 @@ func TestS6aFaults(t *testing.T) {
 		"--server", "s6a:"+d.path("m"), "--subscribers", "subscribers", "--first", "20", "--count", "100"),
 		func(*testproc.Process) bool { return d.states()["ACTIVE"] > 10 })
 	client.Kill()
+	testproc.Await(t, "the agent has lost the MME", func() bool { return !agent.open("mme") })
 	client = d.start("mme", []string{"mme:" + d.path("m")}, "agent")
+	agent.connected("mme") // to which the agent has no answers until three watchdogs were answered (RFC 3539, 3.4.1)
 	client.connected("agent")
 	if result := d.attach("m", true, "--first", "150", "--count", "20"); result.Attached != 20 {
 		t.Errorf("after an MME was killed: %+v", result)
@@ -312,12 +314,11 @@ func TestS6aFaults(t *testing.T) {
 			t.Errorf("rejected = %s: %v, want %s", rejected, result.Rejected, want)
 		}
 	}
-	if text := agent.Log.String(); !strings.Contains(text, "KME_REJECTED") {
-		t.Errorf("the log does not say why:\n%s", text)
-	}
 	stopAll(client, agent, hss)
-	if text := agent.Log.String(); !strings.Contains(text, "refused 1") {
-		t.Errorf("no counters at the end:\n%s", text)
+	for _, want := range []string{"KME_REJECTED", "refused 1"} { // why, and the counters at the end
+		if text := agent.Log.String(); !strings.Contains(text, want) {
+			t.Errorf("the log has no %q:\n%s", want, text)
+		}
 	}
 }
 
