@@ -26,7 +26,7 @@ import (
 	"github.com/kmehsm/kmehsm/kme"
 )
 
-// Progress is how far a Provision is. All but the shares are numbers of devices.
+// Progress is how far a Provision is. Its integers are numbers of devices.
 type Progress struct {
 	Total     int  `json:"total"`     // of the shards that this run is for
 	Generated int  `json:"generated"` // of those, the ones whose injection package is whole

@@ -364,41 +364,43 @@ func beside(ctx context.Context, work func(context.Context)) (stop func()) {
 	return func() { cancel(); <-ended }
 }
 
-// rememberLotKeys finds the lots' keys in the tokens, in the background, and logs which a token lacks. stop ends it
-// early.
+// rememberLotKeys finds the lots' keys in the tokens, in the background. stop ends it early.
 func (d *daemon) rememberLotKeys(ctx context.Context) (stop func()) {
 	looking, cancel := context.WithCancel(ctx)
 	var all sync.WaitGroup
 	for _, token := range d.tokens.Tokens() {
 		all.Go(func() {
-			err := safely(func() error {
-				n, err := token.RememberLotKeys(looking)
-				if err != nil {
-					return err
-				}
-				var lacks []string
-				for _, key := range d.Load().lots.Keys() {
-					has, err := token.Has(looking, key)
-					if err != nil {
-						return err
-					}
-					if !has {
-						lacks = append(lacks, key.Name)
-					}
-				}
-				if len(lacks) > 0 {
-					d.log.Warn("the token does not have the keys of all lots", "token", token.String(), "lots",
-						len(lacks), "lot", slices.Min(lacks))
-				}
-				d.log.Debug("the token's lot keys are known", "token", token.String(), "keys", n)
-				return nil
-			})
+			err := safely(func() error { return d.rememberLotKeysOf(looking, token) })
 			if err != nil && looking.Err() == nil {
 				d.log.Warn("the lots' keys are looked for one by one", "token", token.String(), "cause", err.Error())
 			}
 		})
 	}
 	return func() { cancel(); all.Wait() }
+}
+
+// rememberLotKeysOf is rememberLotKeys of one token. It logs whether the token lacks any.
+func (d *daemon) rememberLotKeysOf(ctx context.Context, token *hsmkeys.OperatorToken) error {
+	n, err := token.RememberLotKeys(ctx)
+	if err != nil {
+		return err
+	}
+	var lacks []string
+	for _, key := range d.Load().lots.Keys() {
+		has, err := token.Has(ctx, key)
+		if err != nil {
+			return err
+		}
+		if !has {
+			lacks = append(lacks, key.Name)
+		}
+	}
+	if len(lacks) > 0 {
+		d.log.Warn("the token does not have the keys of all lots", "token", token.String(), "lots", len(lacks), "lot",
+			slices.Min(lacks))
+	}
+	d.log.Debug("the token's lot keys are known", "token", token.String(), "keys", n)
+	return nil
 }
 
 // safely does background work. A panic becomes its error, and the service goes on.
