@@ -77,7 +77,8 @@ func newRANDs(n int) (all [][]byte) {
 
 // A harness is an operator: a real token and a real database, and a recorder between them and the service.
 type harness struct {
-	token    *hsmkeys.OperatorToken
+	pool     *hsmkeys.OperatorPool  // what the service has, as in keysvc
+	token    *hsmkeys.OperatorToken // the only one of the pool
 	observed *relay
 	tokenURI string
 	soPIN    string // where the security officer's is
@@ -110,16 +111,18 @@ func newHarness(t testing.TB) *harness {
 	ctx := t.Context()
 	tok := softhsmtest.Operator(t)
 	observed := new(relay)
-	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(ctx, tok.URI, hsmkeys.Options{Observer: observed}))
+	pool := must[*hsmkeys.OperatorPool](t)(hsmkeys.OpenOperatorPool(ctx, []string{tok.URI},
+		hsmkeys.Options{Observer: observed}))
+	token := pool.Tokens()[0]
 	must[bool](t)(token.Dedicate(ctx, hsmkeys.Dedication{Side: hsmkeys.Operator}))
 	must[bool](t)(token.EnsureStorageKey(ctx))
 	must[bool](t)(token.EnsureLedgerKey(ctx))
 	store := openStore(t, token, sqlstore.InFolder(t.TempDir()))
 	t.Cleanup(func() { store.Close() })
-	r := &harness{token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile, store: store,
-		log: new(testproc.Log), readers: map[string]*directory.Reader{}}
+	r := &harness{pool: pool, token: token, observed: observed, tokenURI: tok.URI, soPIN: "file:" + tok.SOPINFile,
+		store: store, log: new(testproc.Log), readers: map[string]*directory.Reader{}}
 	t.Cleanup(func() { r.token.Close() })
-	r.recorder = &recorder{Ledger: store, token: token, store: store}
+	r.recorder = &recorder{Ledger: store, token: pool, store: store}
 	r.service = r.newService(binding.Options{})
 	return r
 }

@@ -114,7 +114,7 @@ func newNetwork(t testing.TB, stores ...binding.Store) *network {
 	times.Now = n.time
 	lots := must[*registry.Lots](t)(registry.NewLots(must[[]*registry.Lot](t)(r.store.Lots(t.Context())), r.readers))
 	for _, s := range stores {
-		token := &recorder{Ledger: s, token: r.token, store: s, before: func(call string) error {
+		token := &recorder{Ledger: s, token: r.pool, store: s, before: func(call string) error {
 			if call == "EncryptRANDs" && n.fault() {
 				return errors.New("the HSM is away")
 			}

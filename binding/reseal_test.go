@@ -52,8 +52,6 @@ func TestPostgresRotated(t *testing.T) { rotated(t, pgtest.Start(t).Database(t))
 
 func rotated(t *testing.T, storeName string) {
 	w := newWorld(t, storeName)
-	w.recorder = &recorder{Ledger: w.store, token: w.token, store: w.store}
-	w.service = w.newService(binding.Options{Lots: w.lots(t)})
 	type bound struct {
 		imsi kme.IMSI
 		kme  kme.Secret
