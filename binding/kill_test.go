@@ -38,8 +38,8 @@ const childArgs = "KMEHSM_TEST_CHILD"
 
 // serveChild is the service as a process that can be killed.
 func serveChild(t *testing.T, args []string) {
-	token := must[*hsmkeys.OperatorToken](t)(hsmkeys.OpenOperator(t.Context(), args[0], hsmkeys.Options{}))
-	store := openStore(t, token, args[1])
+	pool := must[*hsmkeys.OperatorPool](t)(hsmkeys.OpenOperatorPool(t.Context(), args[:1], hsmkeys.Options{}))
+	store := openStore(t, pool.Tokens()[0], args[1])
 	files := must[*filestore.Store](t)(filestore.Open(args[2]))
 	readers := map[string]*directory.Reader{}
 	for _, m := range must[[]*registry.Manufacturer](t)(store.Manufacturers(t.Context())) {
@@ -48,7 +48,7 @@ func serveChild(t *testing.T, args []string) {
 			directory.ReaderOptions{ReadTimeout: testproc.Patience})
 	}
 	lots := must[*registry.Lots](t)(registry.NewLots(must[[]*registry.Lot](t)(store.Lots(t.Context())), readers))
-	service := binding.NewService(binding.Options{Token: token, Store: store, Lots: lots, Times: binding.DefaultTimes(),
+	service := binding.NewService(binding.Options{Token: pool, Store: store, Lots: lots, Times: binding.DefaultTimes(),
 		Log: slog.New(slog.DiscardHandler)})
 	os.Remove(args[3])
 	l := must[net.Listener](t)(net.Listen("unix", args[3]))

@@ -21,7 +21,7 @@ import (
 // unrecorded serves the harness's lots without its recorder, which has a lock, and without a log.
 func (r *harness) unrecorded(t testing.TB, o binding.Options) *binding.Service {
 	t.Helper()
-	o.Token, o.Store, o.Lots, o.Log = r.token, r.store, r.lots(t), slog.New(slog.DiscardHandler)
+	o.Token, o.Store, o.Lots, o.Log = r.pool, r.store, r.lots(t), slog.New(slog.DiscardHandler)
 	if o.Times.Now == nil {
 		o.Times = times()
 	}
